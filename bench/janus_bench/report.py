@@ -1,0 +1,61 @@
+"""What every result carries: device, commit, command; and where results are kept."""
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+"""Committed results, one JSON file each."""
+
+
+def environment() -> dict[str, Any]:
+    """The machine, the commit and the libraries that a measurement was made with."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["janus", *sys.argv[1:]]),
+        "commit": _commit(),
+        "device": _cpu_model(),
+        "cpu_count": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
+    }
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result beside the environment it was measured in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
+
+
+def _commit() -> str:
+    """The commit of this source tree, marked where files differ from it; "" outside of git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/**/results")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()

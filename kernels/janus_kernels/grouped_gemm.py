@@ -1,0 +1,58 @@
+"""Expert feed-forward over ragged groups: the tokens of each activated expert slot together.
+
+Shapes: T tokens, H hidden, F expert intermediate, K experts of a token, C expert slots of a worker,
+P token-expert pairs that this worker computes (P <= T*K).
+
+Weights are read where they lie, once for each activated slot: gathering them per token costs ten
+times the product itself.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from janus_kernels.linear import linear
+
+
+def expert_ffn(
+    x_TH: torch.Tensor,
+    slots_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    gate_up_CHF: Sequence[torch.Tensor],
+    down_CFH: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sum of the outputs of this worker's experts for each token.
+
+    slots_TK (int64): expert slot of each pair, -1 for pairs of other workers. gate_up_CHF[c] packs
+    [2F, H] (gate rows, then up rows), down_CFH[c] packs [H, F], both by `pack_weight`. Each expert
+    computes down(silu(gate(x)) * up(x)).
+    Returns partial_TH (fp32, zero for tokens without a pair here) and tokens_C (int64), the number
+    of tokens of each slot.
+    """
+    num_slots, top_k = len(gate_up_CHF), slots_TK.shape[1]
+    tokens_C = torch.bincount(slots_TK.flatten() + 1, minlength=num_slots + 1)
+    partial_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
+    # Pairs in the order of their slots; those of other workers, marked -1, come first.
+    order_P = slots_TK.flatten().argsort(stable=True)
+    num_foreign, *counts = tokens_C.tolist()
+    if num_foreign == order_P.shape[0]:
+        return partial_TH, tokens_C[1:]
+    order_P = order_P[num_foreign:]
+    tokens_P = order_P // top_k
+    gate_up = _per_slot(x_TH.index_select(0, tokens_P), counts, gate_up_CHF)
+    gate_PF, up_PF = gate_up.chunk(2, dim=-1)
+    out_PH = _per_slot(torch.nn.functional.silu(gate_PF) * up_PF, counts, down_CFH)
+    scale_P = weights_TK.flatten().index_select(0, order_P).float()
+    partial_TH.index_add_(0, tokens_P, out_PH.float() * scale_P.unsqueeze(1))
+    return partial_TH, tokens_C[1:]
+
+
+def _per_slot(
+    x_PI: torch.Tensor, counts: Sequence[int], weights: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Apply each slot's weight to its run of consecutive rows."""
+    groups = x_PI.split([count for count in counts if count])
+    active = [weight for count, weight in zip(counts, weights, strict=True) if count]
+    if len(active) == 1:
+        return linear(groups[0], active[0])
+    return torch.cat([linear(group, weight) for group, weight in zip(groups, active, strict=True)])

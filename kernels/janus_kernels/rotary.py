@@ -1,0 +1,23 @@
+"""Rotary position embedding (Su et al., 2021), the two halves of a head rotated as pairs.
+
+Shapes: T tokens, N heads, D head dimension (even), P positions.
+"""
+
+import torch
+
+
+def rotary_tables(
+    *, head_dim: int, theta: float, max_context: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [P, D] of every position; computed in fp32, then rounded to `dtype`."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    position = torch.arange(max_context, dtype=torch.float32, device=device)
+    angle = torch.outer(position, 1.0 / theta**exponent).repeat(1, 2)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def apply_rotary(x_TND: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
+    """Rotate each head of each token by the angles of its position."""
+    half = x_TND.shape[-1] // 2
+    turned = torch.cat((-x_TND[..., half:], x_TND[..., :half]), dim=-1)
+    return x_TND * cos_TD.unsqueeze(1) + turned * sin_TD.unsqueeze(1)

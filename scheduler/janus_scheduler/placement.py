@@ -1,0 +1,134 @@
+"""Which expert slot of which worker holds which logical expert, layer by layer.
+
+Shapes: W expert workers, C expert slots of a worker and layer, E logical experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+EMPTY = -1
+"""The expert of a slot that holds none."""
+
+SlotExperts = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Placement:
+    """Experts of all slots; every MoE layer has a table of its own. Raises ValueError on shapes."""
+
+    num_workers: int
+    slots_per_worker: int
+    layers: Mapping[int, SlotExperts]
+    """Layer index -> int32 [W, C], the logical expert of each slot, -1: empty. Made read-only."""
+
+    def __post_init__(self) -> None:
+        for layer, experts_WC in self.layers.items():
+            if experts_WC.shape != (self.num_workers, self.slots_per_worker):
+                raise ValueError(
+                    f"the placement of layer {layer} is for {experts_WC.shape} workers and slots, "
+                    f"not {(self.num_workers, self.slots_per_worker)}"
+                )
+            experts_WC.setflags(write=False)
+
+    def worker_slots(self, layer: int, worker: int) -> SlotExperts:
+        """int32 [C]: the experts in a worker's slots; -1: empty."""
+        slots_C: SlotExperts = self.layers[layer][worker]
+        return slots_C
+
+    def replicas(self, layer: int, num_experts: int) -> list[list[tuple[int, int]]]:
+        """Per expert the (worker, slot) of each of its replicas, by ascending worker."""
+        places: list[list[tuple[int, int]]] = [[] for _ in range(num_experts)]
+        for worker, slots in enumerate(self.layers[layer].tolist()):
+            for slot, expert in enumerate(slots):
+                if expert != EMPTY:
+                    places[expert].append((worker, slot))
+        return places
+
+    def check(self, num_experts: int) -> None:
+        """Raise ValueError unless every layer holds every expert, and no worker one twice."""
+        for layer, experts_WC in self.layers.items():
+            held_by_E = np.zeros(num_experts, dtype=np.int64)
+            for worker, slots_C in enumerate(experts_WC):
+                held, num_copies = np.unique(slots_C[slots_C != EMPTY], return_counts=True)
+                unknown = held[(held < 0) | (held >= num_experts)]
+                if unknown.size:
+                    raise ValueError(
+                        f"layer {layer}: expert worker {worker} holds expert {unknown[0]}, but the "
+                        f"experts are 0 to {num_experts - 1}"
+                    )
+                if held[num_copies > 1].size:
+                    raise ValueError(
+                        f"layer {layer}: expert worker {worker} holds expert "
+                        f"{held[num_copies > 1][0]} more than once"
+                    )
+                held_by_E[held] += 1
+            if not held_by_E.all():
+                raise ValueError(
+                    f"layer {layer}: expert {np.flatnonzero(held_by_E == 0)[0]} has no slot on any "
+                    "expert worker"
+                )
+
+
+def round_robin(
+    *,
+    moe_layers: Sequence[int],
+    num_experts: int,
+    num_workers: int,
+    slots_per_worker: int | None = None,
+) -> Placement:
+    """Deal experts out in turn: expert e of the i-th MoE layer goes to worker (e + i) mod W.
+
+    Slots beyond those hold further replicas, dealt out in turn too; a worker with a slot for every
+    expert leaves the rest empty. `slots_per_worker`, C, is by default what the experts need at
+    least. Raises ValueError if there are more workers than experts, or too few slots.
+    """
+    assert num_workers > 0, "a placement needs an expert worker"
+    if num_workers > num_experts:
+        raise ValueError(
+            f"there are more expert workers than experts: {num_workers} workers, {num_experts} "
+            "experts a layer"
+        )
+    needed = -(-num_experts // num_workers)
+    if slots_per_worker is None:
+        slots_per_worker = needed
+    if slots_per_worker < needed:
+        raise ValueError(
+            f"{num_experts} experts on {num_workers} expert workers need {needed} expert slots a "
+            f"worker and layer, not {slots_per_worker}"
+        )
+    return Placement(
+        num_workers=num_workers,
+        slots_per_worker=slots_per_worker,
+        layers={
+            layer: _deal(turn, num_experts, num_workers, slots_per_worker)
+            for turn, layer in enumerate(moe_layers)
+        },
+    )
+
+
+def _deal(turn: int, num_experts: int, num_workers: int, num_slots: int) -> SlotExperts:
+    """int32 [W, C] of the MoE layer whose turn it is."""
+    experts_WC = np.full((num_workers, num_slots), EMPTY, dtype=np.int32)
+    held_WE = np.zeros((num_workers, num_experts), dtype=bool)
+    num_replicas_E = np.ones(num_experts, dtype=np.int64)
+    for worker in range(num_workers):
+        first = (worker - turn) % num_workers
+        experts_WC[worker, : len(range(first, num_experts, num_workers))] = np.arange(
+            first, num_experts, num_workers
+        )
+        held_WE[worker, first::num_workers] = True
+    next_expert = turn % num_experts
+    for slot in range(min(num_slots, num_experts)):
+        for worker in np.flatnonzero(experts_WC[:, slot] == EMPTY).tolist():
+            # The expert with the fewest replicas, the next in turn among equals.
+            in_turn_E = (np.arange(num_experts) - next_expert) % num_experts
+            rank_E = num_replicas_E * num_experts + in_turn_E
+            expert = int(np.where(held_WE[worker], np.iinfo(np.int64).max, rank_E).argmin())
+            experts_WC[worker, slot] = expert
+            held_WE[worker, expert] = True
+            num_replicas_E[expert] += 1
+            next_expert = (expert + 1) % num_experts
+    return experts_WC

@@ -1,0 +1,158 @@
+"""AttentionWorkerService: the engine thread behind a bidirectional gRPC stream."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+
+from janus_proto.v1 import inference_pb2, worker_pb2
+from janus_proto.v1.worker_pb2_grpc import AttentionWorkerServiceServicer
+from janus_scheduler.request import FinishReason, SamplingParams
+from janus_server.attention.engine import TokenOutput
+from janus_server.attention.engine_thread import EngineLoad, EngineThread, StepResult
+
+logger = logging.getLogger(__name__)
+
+_FINISH_REASONS = {
+    None: inference_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: inference_pb2.FINISH_REASON_ABORT,
+}
+
+_Outbox = asyncio.Queue[worker_pb2.RunResponse]
+
+
+class AttentionWorkerService(AttentionWorkerServiceServicer):
+    """Hands commands to the engine and every step's tokens to the streams they belong to."""
+
+    def __init__(self) -> None:
+        self.engine: EngineThread | None = None
+        """Set once the epoch's engine runs; commands before that are refused as UNAVAILABLE."""
+        self._outbox_of: dict[str, _Outbox] = {}
+
+    def publish(self, result: StepResult) -> None:
+        """Send one step's outputs out; call it on the event loop."""
+        messages: dict[_Outbox, worker_pb2.RunResponse] = {}
+        for output in [
+            *map(_sequence_output, result.outputs),
+            *map(_ended_output, result.ended),
+        ]:
+            outbox = self._outbox_of.get(output.request_id)
+            if outbox is None:
+                continue  # its stream is gone, and its abort is on the way
+            if output.finish_reason:
+                del self._outbox_of[output.request_id]
+            message = messages.setdefault(
+                outbox, worker_pb2.RunResponse(step=result.step, load=_load(result.load))
+            )
+            message.outputs.append(output)
+        for outbox, message in messages.items():
+            outbox.put_nowait(message)
+
+    async def Run(
+        self,
+        request_iterator: AsyncIterator[worker_pb2.RunRequest],
+        context: grpc.aio.ServicerContext[worker_pb2.RunRequest, worker_pb2.RunResponse],
+    ) -> AsyncIterator[worker_pb2.RunResponse]:
+        """Serve one stream; what it submitted and did not finish is dropped when it ends."""
+        engine = await self._engine(context)
+        # Bounded by the tokens of the requests that the endpoint admits.
+        outbox: _Outbox = asyncio.Queue()
+        outbox.put_nowait(worker_pb2.RunResponse(load=_load(engine.load())))
+        commands = asyncio.create_task(self._take_commands(engine, request_iterator, outbox))
+        try:
+            while not commands.done():
+                message = asyncio.create_task(outbox.get())
+                await asyncio.wait({message, commands}, return_when=asyncio.FIRST_COMPLETED)
+                if message.done():
+                    yield message.result()
+                else:
+                    message.cancel()
+        finally:
+            commands.cancel()
+            for request_id in [name for name, box in self._outbox_of.items() if box is outbox]:
+                del self._outbox_of[request_id]
+                engine.abort(request_id)
+
+    async def GetEngineLoad(
+        self,
+        request: worker_pb2.GetEngineLoadRequest,
+        context: grpc.aio.ServicerContext[
+            worker_pb2.GetEngineLoadRequest, worker_pb2.GetEngineLoadResponse
+        ],
+    ) -> worker_pb2.GetEngineLoadResponse:
+        """Report what the engine holds."""
+        engine = await self._engine(context)
+        return worker_pb2.GetEngineLoadResponse(load=_load(engine.load()))
+
+    async def _engine(self, context: grpc.aio.ServicerContext) -> EngineThread:  # type: ignore[type-arg]
+        if self.engine is None:
+            await context.abort(
+                grpc.StatusCode.UNAVAILABLE, "this attention worker is not in an epoch yet"
+            )
+        return self.engine
+
+    async def _take_commands(
+        self,
+        engine: EngineThread,
+        requests: AsyncIterator[worker_pb2.RunRequest],
+        outbox: _Outbox,
+    ) -> None:
+        async for request in requests:
+            if request.HasField("submit"):
+                submit = request.submit
+                if submit.request_id in self._outbox_of:
+                    logger.error("refused a second request with the id %s", submit.request_id)
+                    continue
+                self._outbox_of[submit.request_id] = outbox
+                engine.submit(submit.request_id, tuple(submit.prompt_ids), _params(submit.sampling))
+            elif request.HasField("abort"):
+                engine.abort(request.abort.request_id)
+
+
+def _params(sampling: inference_pb2.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=frozenset(sampling.stop_token_ids),
+        num_logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+    )
+
+
+def _sequence_output(output: TokenOutput) -> worker_pb2.SequenceOutput:
+    message = worker_pb2.SequenceOutput(
+        request_id=output.request_id,
+        token_ids=[output.token_id],
+        finish_reason=_FINISH_REASONS[output.finish_reason],
+    )
+    if output.logprobs is not None:
+        message.logprobs.add(
+            logprob=output.logprobs.chosen,
+            top_ids=output.logprobs.top_ids,
+            top_logprobs=output.logprobs.top,
+        )
+    return message
+
+
+def _ended_output(request_id: str) -> worker_pb2.SequenceOutput:
+    return worker_pb2.SequenceOutput(
+        request_id=request_id, finish_reason=_FINISH_REASONS[FinishReason.ABORT]
+    )
+
+
+def _load(load: EngineLoad) -> worker_pb2.EngineLoad:
+    return worker_pb2.EngineLoad(
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        num_free_blocks=load.num_free_blocks,
+        num_blocks=load.num_blocks,
+        num_preemptions=load.num_preemptions,
+        block_size=load.block_size,
+    )

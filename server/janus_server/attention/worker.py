@@ -1,0 +1,115 @@
+"""The life of an attention worker: register, load, meet the epoch's group, serve, stop."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import torch
+
+from janus_proto.v1 import control_pb2, worker_pb2
+from janus_proto.v1.worker_pb2_grpc import add_AttentionWorkerServiceServicer_to_server
+from janus_server.attention.config import AttentionConfig
+from janus_server.attention.engine import Engine
+from janus_server.attention.engine_thread import EngineThread, StepResult
+from janus_server.attention.service import AttentionWorkerService
+from janus_server.attention.weights import load_attention_weights
+from janus_server.comm.base import ExpertPool
+from janus_server.comm.control_client import ControlClient, wait_for_epoch
+from janus_server.comm.gloo import GlooExpertPool, join_group
+from janus_server.comm.lifecycle import run_until_stopped
+from janus_server.comm.membership import group_config
+from janus_server.grpc_server import start_server
+from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.weights import WeightReader, device_of, dtype_of
+from janus_server.process import announce
+
+logger = logging.getLogger(__name__)
+
+_KEEPALIVES_PER_TIMEOUT = 4
+_STOP_GRACE_S = 5.0
+
+PoolFactory = Callable[[control_pb2.Epoch, str], ExpertPool]
+"""(epoch, own worker id) -> the expert workers; blocks until they are met."""
+
+
+async def main(config: AttentionConfig, stop: asyncio.Event) -> None:
+    """Serve as an attention worker that meets its experts over gloo."""
+
+    def join(epoch: control_pb2.Epoch, worker_id: str) -> ExpertPool:
+        group = group_config(epoch, worker_id, timeout_s=config.comm.comm_timeout_s)
+        return GlooExpertPool(join_group(group), group)
+
+    await serve(config, stop, Checkpoint.open(config.model.checkpoint), join)
+
+
+async def serve(
+    config: AttentionConfig, stop: asyncio.Event, checkpoint: Checkpoint, join: PoolFactory
+) -> None:
+    """Serve until `stop`; `join` brings the expert workers of the epoch."""
+    torch.set_num_threads(config.threads)
+    service = AttentionWorkerService()
+    server = await start_server(
+        lambda grpc_server: add_AttentionWorkerServiceServicer_to_server(service, grpc_server),
+        [worker_pb2.DESCRIPTOR.services_by_name["AttentionWorkerService"].full_name],
+        config.listen,
+    )
+    announce(server.address)
+    control = ControlClient(config.controller)
+    try:
+        worker_id = await control.register(
+            control_pb2.WORKER_ROLE_ATTENTION,
+            address=server.address,
+            fingerprint=checkpoint.fingerprint,
+            timeout_s=config.comm.startup_timeout_s,
+        )
+        await run_until_stopped(
+            _serve_epoch(config, checkpoint, service, control, worker_id, join),
+            stop=stop,
+            control=control,
+        )
+    finally:
+        await server.stop(0)
+        await control.close()
+
+
+async def _serve_epoch(
+    config: AttentionConfig,
+    checkpoint: Checkpoint,
+    service: AttentionWorkerService,
+    control: ControlClient,
+    worker_id: str,
+    join: PoolFactory,
+) -> None:
+    loop = asyncio.get_running_loop()
+    failure: asyncio.Future[None] = loop.create_future()
+
+    def load() -> Engine:
+        device = device_of(config.model, config.device_index)
+        with WeightReader(checkpoint, dtype=dtype_of(config.model), device=device) as reader:
+            weights = load_attention_weights(reader)
+        return Engine(checkpoint.spec, weights, config.engine)
+
+    def publish(result: StepResult) -> None:
+        loop.call_soon_threadsafe(service.publish, result)
+
+    def failed(error: Exception) -> None:
+        loop.call_soon_threadsafe(failure.set_exception, error)
+
+    engine = await asyncio.to_thread(load)
+    epoch = await wait_for_epoch(control, timeout_s=config.comm.startup_timeout_s)
+    pool = await asyncio.to_thread(join, epoch, worker_id)
+    thread = EngineThread(
+        engine,
+        pool,
+        publish=publish,
+        failed=failed,
+        keepalive_s=config.comm.comm_timeout_s / _KEEPALIVES_PER_TIMEOUT,
+    )
+    thread.start()
+    service.engine = thread
+    control.set_ready(epoch.number)
+    logger.info("%s serves epoch %d", worker_id, epoch.number)
+    try:
+        await failure
+    finally:
+        await asyncio.to_thread(thread.stop, _STOP_GRACE_S)

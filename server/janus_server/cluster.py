@@ -1,0 +1,179 @@
+"""A whole Janus on this machine: the start and the end of its processes.
+
+Order of the start: the controller, whose address the others need; then workers and endpoint
+together. Order of the end: the endpoint, which drains while the workers still work; then the
+workers; then the controller.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, TypeVar
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from janus_proto.v1 import control_pb2
+from janus_server.cluster_plan import controller_config, endpoint_config, worker_processes
+from janus_server.comm.control_client import ControlClient
+from janus_server.command_line import to_argv
+from janus_server.config import ServeConfig
+from janus_server.errors import ConfigError, UnavailableError
+from janus_server.grpc_server import channel_options
+from janus_server.supervisor import Child, Supervisor
+
+T = TypeVar("T")
+
+OnWorkerReady = Callable[[control_pb2.Worker], None]
+
+_STOP_TIMEOUT_S = 15.0
+"""How long workers and controller may take to end, in seconds."""
+
+_DRAIN_MARGIN_S = 5.0
+"""How much longer than its drain timeout the endpoint may take to end, in seconds."""
+
+_HEALTH_POLL_S = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """A running Janus whose workers and endpoint are all ready."""
+
+    address: str
+    """HOST:PORT of the public endpoint."""
+    controller: str
+    """HOST:PORT of the control service."""
+    supervisor: Supervisor
+
+    async def unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`, or cancel it and raise PeerLostError when a process ends unasked."""
+        return await self.supervisor.unless_failed(work)
+
+    async def wait_for_failure(self) -> None:
+        """Wait until a process ends unasked, and raise PeerLostError that names it."""
+        await self.supervisor.wait_for_failure()
+
+
+@contextlib.asynccontextmanager
+async def running_cluster(
+    config: ServeConfig,
+    *,
+    on_worker_ready: OnWorkerReady = lambda worker: None,
+    hurry: asyncio.Event | None = None,
+    stderr: IO[bytes] | None = None,
+) -> AsyncIterator[Cluster]:
+    """Start everything that `config` means, and end it on leaving, whatever happens in between.
+
+    The configuration is one that `check_config` has passed. `on_worker_ready` is called as each
+    worker becomes ready. Setting `hurry` skips draining and every other wait at the end. `stderr`
+    takes the processes' logs; None: this process's own. Raises PeerLostError when a process ends
+    during the start, UnavailableError when the start takes longer than its timeout.
+    """
+    supervisor = Supervisor(hurry=hurry or asyncio.Event(), stderr=stderr)
+    lifecycle = _Lifecycle(config, supervisor, on_worker_ready)
+    try:
+        yield await supervisor.unless_failed(lifecycle.start())
+    finally:
+        try:
+            await lifecycle.end()
+        finally:
+            supervisor.kill_all()
+
+
+class _Lifecycle:
+    """Starts and ends the children of one cluster."""
+
+    def __init__(
+        self, config: ServeConfig, supervisor: Supervisor, on_worker_ready: OnWorkerReady
+    ) -> None:
+        self._config = config
+        self._supervisor = supervisor
+        self._on_worker_ready = on_worker_ready
+        self._controller: Child | None = None
+        self._endpoint: Child | None = None
+        self._is_serving = False
+        self._missing: dict[int, str] = {}
+        """Process id -> name of what is not ready yet."""
+
+    async def start(self) -> Cluster:
+        timeout_s = self._config.comm.startup_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                cluster = await self._start()
+        except TimeoutError:
+            missing = ", ".join(self._missing.values())
+            raise UnavailableError(f"not ready within {timeout_s:g} s: {missing}") from None
+        self._is_serving = True
+        return cluster
+
+    async def end(self) -> None:
+        supervisor = self._supervisor
+        if self._endpoint is not None and self._is_serving and not supervisor.has_failed:
+            drain_s = self._config.admission.drain_timeout_s
+            await supervisor.end([self._endpoint], timeout_s=drain_s + _DRAIN_MARGIN_S)
+        others = [child for child in supervisor.children if child is not self._controller]
+        await supervisor.end(others, timeout_s=_STOP_TIMEOUT_S)
+        await supervisor.end(supervisor.children, timeout_s=_STOP_TIMEOUT_S)
+
+    async def _start(self) -> Cluster:
+        config = self._config
+        num_devices = _num_gpus() if config.model.device == "cuda" else 1
+        self._controller = await self._spawn(
+            "controller", "janus_server.controller", to_argv(controller_config(config)), True
+        )
+        controller = await self._controller.address()
+        del self._missing[self._controller.pid]
+        for worker in worker_processes(config, controller, num_devices=num_devices):
+            await self._spawn(worker.name, worker.module, worker.argv)
+        self._endpoint = await self._spawn(
+            "endpoint", "janus_server.endpoint", to_argv(endpoint_config(config, controller)), True
+        )
+        client = ControlClient(controller)
+        try:
+            await self._wait_for_workers(client)
+        finally:
+            await client.close()
+        address = await self._endpoint.address()
+        await _wait_until_serving(address)
+        return Cluster(address=address, controller=controller, supervisor=self._supervisor)
+
+    async def _spawn(
+        self, name: str, module: str, argv: Sequence[str], announces: bool = False
+    ) -> Child:
+        child = await self._supervisor.spawn(name, module, argv, announces=announces)
+        self._missing[child.pid] = child.name
+        return child
+
+    async def _wait_for_workers(self, client: ControlClient) -> None:
+        async with contextlib.aclosing(client.epochs()) as responses:
+            async for response in responses:
+                for worker in response.workers:
+                    if worker.ready and worker.pid in self._missing:
+                        del self._missing[worker.pid]
+                        self._on_worker_ready(worker)
+                epoch = response.epoch
+                members = [*epoch.attention_workers, *epoch.expert_workers]
+                if members and all(worker.ready for worker in members):
+                    return
+
+
+async def _wait_until_serving(address: str) -> None:
+    async with grpc.aio.insecure_channel(address, options=channel_options()) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest()
+        while True:
+            # A process that ended is noticed as such; its broken connection says less.
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                response = await stub.Check(request, wait_for_ready=True)
+                if response.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            await asyncio.sleep(_HEALTH_POLL_S)
+
+
+def _num_gpus() -> int:
+    import torch  # slow to import, and needed for nothing else here
+
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no GPU that PyTorch can use")
+    return torch.cuda.device_count()

@@ -1,0 +1,144 @@
+"""What a ServeConfig means: whether it can work, and what each process is handed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from janus_server.attention.config import AttentionConfig
+from janus_server.comm.config import MAX_LANES
+from janus_server.command_line import to_argv
+from janus_server.config import ServeConfig
+from janus_server.controller.config import ControllerConfig, PoolConfig
+from janus_server.controller.membership import check_pools
+from janus_server.endpoint.config import EndpointConfig
+from janus_server.errors import ConfigError
+from janus_server.experts.config import ExpertConfig
+from janus_server.grpc_server import check_can_listen
+from janus_server.model.checkpoint import Checkpoint
+from janus_server.monolith.config import MonolithConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerProcess:
+    """How to start one worker: `python -m module argv`."""
+
+    name: str
+    module: str
+    argv: tuple[str, ...]
+
+
+def check_config(config: ServeConfig) -> None:
+    """Refuse, with one sentence, what could not work, before any process is started.
+
+    Raises CheckpointError or ConfigError.
+    """
+    at_least_one = {
+        "attention-workers": config.pools.attention_workers,
+        "expert-workers": config.pools.expert_workers,
+        "threads": config.threads,
+        "max-requests": config.admission.max_requests,
+        "max-batch-tokens": config.engine.max_batch_tokens,
+        "max-sequences": config.engine.max_sequences,
+        "block-size": config.engine.block_size,
+        "lanes": config.engine.lanes,
+    }
+    for flag, number in at_least_one.items():
+        if number < 1:
+            raise ConfigError(f"--{flag} must be at least 1, not {number}")
+    above_zero = {
+        "kv-cache-gib": config.engine.kv_cache_gib,
+        "comm-timeout-s": config.comm.comm_timeout_s,
+        "startup-timeout-s": config.comm.startup_timeout_s,
+    }
+    for flag, amount in above_zero.items():
+        if not amount > 0:
+            raise ConfigError(f"--{flag} must be above 0, not {amount}")
+    if not config.admission.drain_timeout_s >= 0:
+        raise ConfigError("--drain-timeout-s cannot be negative")
+    if config.engine.lanes > MAX_LANES:
+        raise ConfigError(f"--lanes must be at most {MAX_LANES}, not {config.engine.lanes}")
+    spec = Checkpoint.open(config.model.checkpoint).spec
+    check_pools(config.pools, spec)
+    if not 0 <= config.engine.max_context <= spec.max_context:
+        raise ConfigError(
+            f"--max-context must be between 0 and the model's {spec.max_context}, "
+            f"not {config.engine.max_context}"
+        )
+    check_can_listen(config.admission.listen)
+
+
+def controller_config(config: ServeConfig) -> ControllerConfig:
+    """What the controller is handed: with transport local it places no experts."""
+    pools = config.pools
+    if config.transport == "local":
+        pools = PoolConfig(attention_workers=pools.attention_workers, expert_workers=0)
+    return ControllerConfig(model=config.model, pools=pools, comm=config.comm, lifeline=True)
+
+
+def endpoint_config(config: ServeConfig, controller: str) -> EndpointConfig:
+    """What the endpoint is handed; `controller` is the HOST:PORT of the controller."""
+    return EndpointConfig(
+        model=config.model,
+        admission=config.admission,
+        comm=config.comm,
+        controller=controller,
+        max_context=config.engine.max_context,
+        lifeline=True,
+    )
+
+
+def worker_processes(
+    config: ServeConfig, controller: str, *, num_devices: int
+) -> list[WorkerProcess]:
+    """The workers of both pools, attention first, spread over `num_devices` devices in turn."""
+    return [
+        *(
+            _attention_process(config, controller, index % num_devices)
+            for index in range(config.pools.attention_workers)
+        ),
+        *(
+            _expert_process(config, controller, index % num_devices)
+            for index in range(
+                config.pools.attention_workers,
+                config.pools.attention_workers + config.pools.expert_workers,
+            )
+            if config.transport != "local"
+        ),
+    ]
+
+
+def _attention_process(config: ServeConfig, controller: str, device_index: int) -> WorkerProcess:
+    fields: dict[str, Any] = {
+        "model": config.model,
+        "engine": config.engine,
+        "comm": config.comm,
+        "controller": controller,
+        "device_index": device_index,
+        "threads": config.threads,
+        "lifeline": True,
+    }
+    if config.transport == "local":
+        monolith = MonolithConfig(**fields, expert_workers=config.pools.expert_workers)
+        return WorkerProcess(
+            name="monolithic worker",
+            module="janus_server.monolith",
+            argv=tuple(to_argv(monolith)),
+        )
+    return WorkerProcess(
+        name="attention worker",
+        module="janus_server.attention",
+        argv=tuple(to_argv(AttentionConfig(**fields))),
+    )
+
+
+def _expert_process(config: ServeConfig, controller: str, device_index: int) -> WorkerProcess:
+    expert = ExpertConfig(
+        model=config.model,
+        comm=config.comm,
+        controller=controller,
+        device_index=device_index,
+        threads=config.threads,
+        lifeline=True,
+    )
+    return WorkerProcess(
+        name="expert worker", module="janus_server.experts", argv=tuple(to_argv(expert))
+    )

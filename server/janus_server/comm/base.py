@@ -1,0 +1,70 @@
+"""What an attention worker and an expert worker say to each other within a step.
+
+Attention side, for every MoE layer and lane: `dispatch` sends the hidden states of the lane's
+tokens to every expert worker and returns a handle; `combine` takes that handle and returns, per
+token, the sum of what the experts made of it. Both sides walk layers, and lanes within a layer, in
+ascending order; the token counts of all participants and lanes are known to the expert workers from
+the step's announcement, before its first layer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from janus_server.comm.config import MAX_LANES as MAX_LANES
+
+PartialFfn = Callable[[int, torch.Tensor], torch.Tensor]
+"""(layer, hidden_TH) -> partial_TH: one expert worker's share of an MoE layer, dtype of hidden."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DispatchHandle:
+    """A dispatch on its way; `combine` consumes it, once."""
+
+    layer: int
+    lane: int
+    partials_WTH: torch.Tensor
+    """[expert workers, tokens, hidden]; complete once `pending` is done."""
+    pending: Sequence["PendingTransfer"]
+
+
+class PendingTransfer(Protocol):
+    """A transfer under way, like torch.distributed's Work; it has its deadline from the group."""
+
+    def wait(self) -> bool:
+        """Block until it is done; raises RuntimeError where the peer is gone or too late."""
+        ...
+
+
+class ExpertPool(Protocol):
+    """The expert workers of an epoch, as one attention worker sees them."""
+
+    def begin_step(self, lane_tokens: Sequence[int]) -> None:
+        """Announce a step with these token counts per lane."""
+        ...
+
+    def dispatch(self, layer: int, lane: int, hidden_TH: torch.Tensor) -> DispatchHandle:
+        """Send the lane's hidden states to all expert workers; does not wait."""
+        ...
+
+    def combine(self, handle: DispatchHandle) -> torch.Tensor:
+        """Sum of the expert workers' partial results, fp32 [T, H], in the order of their ranks."""
+        ...
+
+    def idle(self) -> None:
+        """Announce that there is no work for now; repeated as a sign of life while idle."""
+        ...
+
+    def close(self) -> None:
+        """Announce that no step follows, and let go of the peers."""
+        ...
+
+
+def sum_partials(partials_WTH: torch.Tensor) -> torch.Tensor:
+    """Add the partial results in fp32, worker by worker, so that the order never varies."""
+    total_TH = partials_WTH[0].float()
+    for partial_TH in partials_WTH[1:]:
+        total_TH = total_TH + partial_TH
+    return total_TH

@@ -1,0 +1,17 @@
+"""Deadlines of the traffic between processes."""
+
+from dataclasses import dataclass
+
+MAX_LANES = 4
+"""Micro-batches of a step at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommConfig:
+    """Communication."""
+
+    comm_timeout_s: float = 60.0
+    """Longest wait for a peer's data within a step before the peer counts as lost, in seconds."""
+
+    startup_timeout_s: float = 600.0
+    """Longest wait for all workers to load, meet and become ready, in seconds."""

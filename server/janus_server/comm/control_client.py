@@ -1,0 +1,169 @@
+"""A process's side of the control service: registration, heartbeats, epochs.
+
+Registered workers send a heartbeat an interval, and at once when their readiness changes. When the
+controller has not answered for `LOST_AFTER_INTERVALS` of them, `lost` is set and stays so.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncGenerator, Callable
+
+import grpc
+import grpc.aio
+
+from janus_proto.v1 import control_pb2
+from janus_proto.v1.control_pb2_grpc import ControlServiceStub
+from janus_server.errors import ConfigError, UnavailableError
+from janus_server.grpc_server import channel_options
+
+logger = logging.getLogger(__name__)
+
+LOST_AFTER_INTERVALS = 10
+"""Heartbeat intervals without an answer after which the controller counts as lost."""
+
+_RECONNECT_TIMEOUT_S = 30.0
+
+
+class ControlClient:
+    """A connection to the controller at `address` (HOST:PORT); `close` it."""
+
+    expert_load: Callable[[], control_pb2.ExpertLoad] | None
+    """What each heartbeat reports as the load of this expert worker; None: nothing."""
+
+    lost: asyncio.Event
+    """Set once the controller stays silent or no longer knows this worker."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.expert_load = None
+        self.lost = asyncio.Event()
+        self._channel = grpc.aio.insecure_channel(address, options=channel_options())
+        self._stub = ControlServiceStub(self._channel)
+        self._worker_id = ""
+        self._ready_epoch = 0
+        self._wake = asyncio.Event()
+        self._heartbeats: asyncio.Task[None] | None = None
+
+    async def register(
+        self,
+        role: "control_pb2.WorkerRole.ValueType",
+        *,
+        address: str,
+        fingerprint: str,
+        timeout_s: float,
+    ) -> str:
+        """Register this process, start its heartbeats and return its worker id.
+
+        `address` is the HOST:PORT of its own gRPC service, "" for none; `fingerprint` that of its
+        checkpoint. Waits up to `timeout_s` seconds for a controller that is not up yet. Raises
+        UnavailableError when it does not answer, ConfigError when it refuses.
+        """
+        request = control_pb2.RegisterRequest(
+            role=role, address=address, pid=os.getpid(), model_fingerprint=fingerprint
+        )
+        try:
+            response = await self._stub.Register(request, timeout=timeout_s, wait_for_ready=True)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (
+                grpc.StatusCode.FAILED_PRECONDITION,
+                grpc.StatusCode.INVALID_ARGUMENT,
+            ):
+                raise ConfigError(f"the controller refused: {error.details()}") from None
+            raise UnavailableError(
+                f"could not register with the controller at {self.address} within "
+                f"{timeout_s:.0f} s: {error.details()}"
+            ) from None
+        self._worker_id = response.worker_id
+        self._heartbeats = asyncio.create_task(
+            self._send_heartbeats(response.heartbeat_interval_s), name="heartbeats"
+        )
+        return response.worker_id
+
+    def set_ready(self, epoch: int) -> None:
+        """Report from now on that this worker is ready to serve `epoch` (0: none)."""
+        self._ready_epoch = epoch
+        self._wake.set()
+
+    async def epochs(
+        self, *, timeout_s: float = _RECONNECT_TIMEOUT_S
+    ) -> AsyncGenerator[control_pb2.WatchEpochsResponse, None]:
+        """Yield the current epoch and then every change of it or of its members' readiness.
+
+        Reconnects when the stream breaks; raises UnavailableError after `timeout_s` seconds in
+        which the controller could not be reached.
+        """
+        while True:
+            call = self._stub.WatchEpochs(control_pb2.WatchEpochsRequest(), wait_for_ready=True)
+            try:
+                # The first message is sent at once, so that waiting for it is waiting to connect.
+                response = await asyncio.wait_for(call.read(), timeout_s)
+                while isinstance(response, control_pb2.WatchEpochsResponse):
+                    yield response
+                    response = await call.read()
+            except TimeoutError:
+                raise UnavailableError(
+                    f"the controller at {self.address} did not answer within {timeout_s:.0f} s"
+                ) from None
+            except grpc.aio.AioRpcError as error:
+                if error.code() != grpc.StatusCode.UNAVAILABLE:
+                    raise UnavailableError(
+                        f"the controller at {self.address} failed: {error.details()}"
+                    ) from None
+            finally:
+                call.cancel()
+            logger.warning("the controller ended the epoch stream; reconnecting")
+
+    async def close(self) -> None:
+        """End the heartbeats and the connection."""
+        if self._heartbeats is not None:
+            self._heartbeats.cancel()
+            await asyncio.wait([self._heartbeats])
+        await self._channel.close()
+
+    async def _send_heartbeats(self, interval_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        answered_at = loop.time()
+        while not self.lost.is_set():
+            self._wake.clear()
+            request = control_pb2.HeartbeatRequest(
+                worker_id=self._worker_id,
+                ready_epoch=self._ready_epoch,
+                expert_load=self.expert_load() if self.expert_load else None,
+            )
+            try:
+                await self._stub.Heartbeat(request, timeout=LOST_AFTER_INTERVALS * interval_s)
+                answered_at = loop.time()
+            except grpc.aio.AioRpcError as error:
+                silent_s = loop.time() - answered_at
+                is_unknown = error.code() == grpc.StatusCode.NOT_FOUND
+                if is_unknown or silent_s >= LOST_AFTER_INTERVALS * interval_s:
+                    logger.error(
+                        "lost the controller at %s after %.1f s: %s",
+                        self.address,
+                        silent_s,
+                        error.details(),
+                    )
+                    self.lost.set()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), interval_s)
+
+
+async def wait_for_epoch(client: ControlClient, *, timeout_s: float) -> control_pb2.Epoch:
+    """Return the first epoch; raises UnavailableError when none is formed within `timeout_s`."""
+    registered: list[control_pb2.Worker] = []
+    try:
+        async with asyncio.timeout(timeout_s):
+            async with contextlib.aclosing(client.epochs(timeout_s=timeout_s)) as responses:
+                async for response in responses:
+                    if response.HasField("epoch"):
+                        return response.epoch
+                    registered = list(response.workers)
+    except TimeoutError:
+        pass
+    num_attention = sum(w.role == control_pb2.WORKER_ROLE_ATTENTION for w in registered)
+    raise UnavailableError(
+        f"no epoch was formed within {timeout_s:.0f} s: only {num_attention} attention and "
+        f"{len(registered) - num_attention} expert workers have registered"
+    )

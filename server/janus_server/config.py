@@ -1,0 +1,33 @@
+"""The root configuration of `janus serve`: composes the parts that the processes are handed."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from janus_server.attention.config import EngineConfig
+from janus_server.comm.config import CommConfig
+from janus_server.controller.config import PoolConfig
+from janus_server.endpoint.config import AdmissionConfig
+from janus_server.model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """Serve a Mixture-of-Experts checkpoint on this machine.
+
+    Starts one endpoint, one controller and the two pools of workers, prints a line as each worker
+    becomes ready and then `ready HOST:PORT`. Ctrl-C or SIGTERM lets running requests end, for a
+    bounded time, and ends all processes.
+    """
+
+    model: ModelConfig
+    pools: PoolConfig = field(default_factory=PoolConfig)
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
+
+    transport: Literal["gloo", "local"] = "gloo"
+    """How activations travel: gloo between worker processes, or local: attention and all expert
+    workers inside one process."""
+
+    threads: int = 1
+    """CPU threads of each worker process."""

@@ -1,0 +1,66 @@
+"""`python -m janus_server.controller`: one controller until it is told to stop."""
+
+import asyncio
+import contextlib
+import socket
+import sys
+
+from janus_proto.v1.control_pb2_grpc import add_ControlServiceServicer_to_server
+from janus_server import process
+from janus_server.controller.config import ControllerConfig
+from janus_server.controller.membership import HEARTBEAT_INTERVAL_S, Membership, check_pools
+from janus_server.controller.service import SERVICE_NAME, ControlService
+from janus_server.grpc_server import check_can_listen, start_server
+from janus_server.model.checkpoint import Checkpoint
+
+_STOP_GRACE_S = 1.0
+
+
+async def main(config: ControllerConfig, stop: asyncio.Event) -> None:
+    """Serve the control service, and the store in which an epoch's workers meet, until `stop`."""
+    checkpoint = Checkpoint.open(config.model.checkpoint)
+    check_pools(config.pools, checkpoint.spec)
+    membership = Membership(
+        spec=checkpoint.spec, fingerprint=checkpoint.fingerprint, pools=config.pools
+    )
+    host, _ = check_can_listen(config.listen)
+    store, store_address = _open_store(host)
+    service = ControlService(membership, store_address=store_address)
+    server = await start_server(
+        lambda grpc_server: add_ControlServiceServicer_to_server(service, grpc_server),
+        [SERVICE_NAME],
+        config.listen,
+    )
+    try:
+        await server.set_serving(True)
+        process.announce(server.address)
+        while not stop.is_set():
+            service.expire()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), HEARTBEAT_INTERVAL_S)
+    finally:
+        service.close()
+        await server.stop(_STOP_GRACE_S)
+        del store  # it listens for as long as it is referred to
+
+
+def _open_store(host: str) -> tuple[object, str]:
+    """Open the store in which an epoch's workers meet; it lives as long as the first result."""
+    import torch.distributed  # slow to import, so only after the checks
+
+    # A socket of our own, because the store would listen on every interface.
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    store_socket = socket.create_server((host.strip("[]"), 0), family=family)
+    port: int = store_socket.getsockname()[1]
+    store = torch.distributed.TCPStore(
+        host.strip("[]"),
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=store_socket.detach(),
+    )
+    return store, f"{host}:{port}"
+
+
+if __name__ == "__main__":
+    sys.exit(process.run("controller", ControllerConfig, main))

@@ -1,0 +1,205 @@
+"""Who is there, who is ready, and which epoch they form. No clock, no socket: time is an argument.
+
+An epoch is immutable; only the readiness of its members changes. The first is formed as soon as
+both pools have as many living workers as were asked for; workers beyond that are known but stay
+outside. `version` grows with everything that a watcher would see differently.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+from janus_proto.v1 import control_pb2
+from janus_scheduler.model_spec import ModelSpec
+from janus_scheduler.placement import Placement, round_robin
+from janus_server.controller.config import PoolConfig
+from janus_server.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_INTERVAL_S = 1.0
+"""How often each worker shows that it lives, in seconds."""
+
+LOST_AFTER_S = 10 * HEARTBEAT_INTERVAL_S
+"""A worker silent for longer counts as lost until it is heard of again, in seconds."""
+
+_ROLE_NAMES = {
+    control_pb2.WORKER_ROLE_ATTENTION: "attention",
+    control_pb2.WORKER_ROLE_EXPERT: "expert",
+}
+
+
+class RegistrationRefusedError(Exception):
+    """The worker must not take part; the message is one sentence for its operator."""
+
+
+class UnknownWorkerError(Exception):
+    """A heartbeat came from a worker that never registered here."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Member:
+    """A registered worker."""
+
+    worker_id: str
+    role: "control_pb2.WorkerRole.ValueType"
+    address: str
+    """HOST:PORT of its gRPC service; empty: it has none."""
+    pid: int
+    last_heard_s: float
+    lost: bool = False
+    ready_epoch: int = 0
+    """The epoch it is ready to serve; 0: none."""
+    load: control_pb2.ExpertLoad = field(default_factory=control_pb2.ExpertLoad)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Epoch:
+    """One fixed set of workers and one placement."""
+
+    number: int
+    """Counted from 1."""
+    attention_workers: tuple[Member, ...]
+    """In the order of their ranks, which start at 0."""
+    expert_workers: tuple[Member, ...]
+    """In the order of their ranks, which follow those of the attention workers."""
+    placement: Placement | None
+    """None: without expert workers."""
+
+
+def check_pools(pools: PoolConfig, spec: ModelSpec) -> None:
+    """Refuse pools that cannot serve the model; without expert workers, attention workers alone do.
+
+    Raises ConfigError.
+    """
+    workers, slots = pools.expert_workers, pools.expert_slots
+    if pools.attention_workers < 1:
+        raise ConfigError(f"--attention-workers must be at least 1, not {pools.attention_workers}")
+    if not 0 <= workers <= spec.num_experts:
+        raise ConfigError(
+            f"--expert-workers {workers} does not fit a model that has {spec.num_experts} experts"
+        )
+    if slots != 0 and not 1 <= slots <= spec.num_experts:
+        raise ConfigError(
+            f"--expert-slots must be between 1 and the model's {spec.num_experts} experts, or 0 "
+            f"for just enough, not {slots}"
+        )
+    if slots != 0 and 0 < workers * slots < spec.num_experts:
+        raise ConfigError(
+            f"{workers} expert workers with {slots} expert slots each cannot hold the model's "
+            f"{spec.num_experts} experts"
+        )
+
+
+class Membership:
+    """The workers of one model and the epoch that they form."""
+
+    def __init__(self, *, spec: ModelSpec, fingerprint: str, pools: PoolConfig) -> None:
+        self._spec = spec
+        self._fingerprint = fingerprint
+        self._pools = pools
+        self._members: dict[str, Member] = {}
+        self.epoch: Epoch | None = None
+        self.version = 0
+
+    def register(
+        self,
+        *,
+        role: "control_pb2.WorkerRole.ValueType",
+        address: str,
+        pid: int,
+        fingerprint: str,
+        now_s: float,
+    ) -> str:
+        """Add a worker and return its id; raises RegistrationRefusedError."""
+        if role not in _ROLE_NAMES:
+            raise RegistrationRefusedError("a worker must register as attention or expert worker")
+        if fingerprint != self._fingerprint:
+            raise RegistrationRefusedError(
+                f"the {_ROLE_NAMES[role]} worker with process id {pid} serves another model than "
+                "this controller: their config.json files differ"
+            )
+        index = len(self._of_role(role))
+        member = Member(
+            worker_id=f"{_ROLE_NAMES[role]}-{index}",
+            role=role,
+            address=address,
+            pid=pid,
+            last_heard_s=now_s,
+        )
+        self._members[member.worker_id] = member
+        logger.info("%s registered (pid %d)", member.worker_id, pid)
+        if self.epoch is None:
+            self._try_form_epoch(number=1)
+        self.version += 1
+        return member.worker_id
+
+    def heartbeat(
+        self, worker_id: str, *, ready_epoch: int, load: control_pb2.ExpertLoad, now_s: float
+    ) -> None:
+        """Note that a worker lives; raises UnknownWorkerError."""
+        member = self._members.get(worker_id)
+        if member is None:
+            raise UnknownWorkerError(f"no worker {worker_id!r} has registered with this controller")
+        member.last_heard_s = now_s
+        member.load = load
+        if member.lost:
+            logger.warning("%s is back", worker_id)
+        if member.lost or member.ready_epoch != ready_epoch:
+            member.lost = False
+            member.ready_epoch = ready_epoch
+            if self.epoch is None:
+                self._try_form_epoch(number=1)
+            self.version += 1
+
+    def expire(self, now_s: float) -> None:
+        """Mark the workers lost that have been silent for longer than LOST_AFTER_S."""
+        for member in self._members.values():
+            silent_s = now_s - member.last_heard_s
+            if silent_s > LOST_AFTER_S and not member.lost:
+                logger.error("%s is lost: silent for %.1f s", member.worker_id, silent_s)
+                member.lost = True
+                self.version += 1
+
+    def is_ready(self, member: Member) -> bool:
+        """Whether the worker lives and is ready to serve the current epoch."""
+        return (
+            self.epoch is not None and member.ready_epoch == self.epoch.number and not member.lost
+        )
+
+    def members(self) -> tuple[Member, ...]:
+        """All registered workers, in registration order, in the epoch or outside."""
+        return tuple(self._members.values())
+
+    def _of_role(self, role: "control_pb2.WorkerRole.ValueType") -> list[Member]:
+        return [member for member in self._members.values() if member.role == role]
+
+    def _try_form_epoch(self, *, number: int) -> None:
+        attention, experts = (
+            [member for member in self._of_role(role) if not member.lost][:wanted]
+            for role, wanted in (
+                (control_pb2.WORKER_ROLE_ATTENTION, self._pools.attention_workers),
+                (control_pb2.WORKER_ROLE_EXPERT, self._pools.expert_workers),
+            )
+        )
+        if (len(attention), len(experts)) != (
+            self._pools.attention_workers,
+            self._pools.expert_workers,
+        ):
+            return
+        self.epoch = Epoch(
+            number=number,
+            attention_workers=tuple(attention),
+            expert_workers=tuple(experts),
+            placement=self._place(len(experts)) if experts else None,
+        )
+        logger.info(
+            "epoch %d: %d attention and %d expert workers", number, len(attention), len(experts)
+        )
+
+    def _place(self, num_workers: int) -> Placement:
+        return round_robin(
+            moe_layers=self._spec.moe_layers,
+            num_experts=self._spec.num_experts,
+            num_workers=num_workers,
+            slots_per_worker=self._pools.expert_slots or None,
+        )

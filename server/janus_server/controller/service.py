@@ -1,0 +1,177 @@
+"""The control service: membership over gRPC.
+
+All calls run on one event loop, so that nothing needs a lock.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+
+from janus_proto.v1 import control_pb2
+from janus_proto.v1.control_pb2_grpc import ControlServiceServicer
+from janus_scheduler.placement import Placement
+from janus_server.controller.membership import (
+    HEARTBEAT_INTERVAL_S,
+    Epoch,
+    Member,
+    Membership,
+    RegistrationRefusedError,
+    UnknownWorkerError,
+)
+
+SERVICE_NAME = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
+
+
+class ControlService(ControlServiceServicer):
+    """Answers workers and watchers out of one Membership.
+
+    `store_address` is the HOST:PORT of the store in which the members of an epoch meet.
+    """
+
+    def __init__(self, membership: Membership, *, store_address: str) -> None:
+        self._membership = membership
+        self._store_address = store_address
+        self._changed = asyncio.Event()
+        self._published_version = membership.version
+        self._is_closing = False
+
+    async def Register(
+        self,
+        request: control_pb2.RegisterRequest,
+        context: grpc.aio.ServicerContext[
+            control_pb2.RegisterRequest, control_pb2.RegisterResponse
+        ],
+    ) -> control_pb2.RegisterResponse:
+        """Add a worker; FAILED_PRECONDITION where it must not take part."""
+        try:
+            worker_id = self._membership.register(
+                role=request.role,
+                address=request.address,
+                pid=request.pid,
+                fingerprint=request.model_fingerprint,
+                now_s=_now_s(),
+            )
+        except RegistrationRefusedError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        self._publish()
+        return control_pb2.RegisterResponse(
+            worker_id=worker_id, heartbeat_interval_s=HEARTBEAT_INTERVAL_S
+        )
+
+    async def Heartbeat(
+        self,
+        request: control_pb2.HeartbeatRequest,
+        context: grpc.aio.ServicerContext[
+            control_pb2.HeartbeatRequest, control_pb2.HeartbeatResponse
+        ],
+    ) -> control_pb2.HeartbeatResponse:
+        """Note that a worker lives and what it is ready for; NOT_FOUND for an unknown one."""
+        try:
+            self._membership.heartbeat(
+                request.worker_id,
+                ready_epoch=request.ready_epoch,
+                load=request.expert_load,
+                now_s=_now_s(),
+            )
+        except UnknownWorkerError as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        self._publish()
+        return control_pb2.HeartbeatResponse()
+
+    async def WatchEpochs(
+        self,
+        request: control_pb2.WatchEpochsRequest,
+        context: grpc.aio.ServicerContext[
+            control_pb2.WatchEpochsRequest, control_pb2.WatchEpochsResponse
+        ],
+    ) -> AsyncIterator[control_pb2.WatchEpochsResponse]:
+        """Stream the current state at once and again after every change."""
+        while not self._is_closing:
+            # Taken before the state is read, so that no change falls between the two.
+            changed = self._changed
+            yield self._state()
+            await changed.wait()
+
+    async def GetExpertLoads(
+        self,
+        request: control_pb2.GetExpertLoadsRequest,
+        context: grpc.aio.ServicerContext[
+            control_pb2.GetExpertLoadsRequest, control_pb2.GetExpertLoadsResponse
+        ],
+    ) -> control_pb2.GetExpertLoadsResponse:
+        """Return what the expert workers last reported."""
+        return control_pb2.GetExpertLoadsResponse(
+            loads=[
+                control_pb2.WorkerExpertLoad(worker_id=member.worker_id, load=member.load)
+                for member in self._membership.members()
+                if member.role == control_pb2.WORKER_ROLE_EXPERT
+            ]
+        )
+
+    def expire(self) -> None:
+        """Mark silent workers lost; to be called about once a heartbeat interval."""
+        self._membership.expire(_now_s())
+        self._publish()
+
+    def close(self) -> None:
+        """End the streams of all watchers."""
+        self._is_closing = True
+        self._changed.set()
+
+    def _publish(self) -> None:
+        if self._membership.version != self._published_version and not self._is_closing:
+            self._published_version = self._membership.version
+            changed, self._changed = self._changed, asyncio.Event()
+            changed.set()
+
+    def _state(self) -> control_pb2.WatchEpochsResponse:
+        epoch = self._membership.epoch
+        ranks: dict[str, int] = {}
+        if epoch is not None:
+            members = (*epoch.attention_workers, *epoch.expert_workers)
+            ranks = {member.worker_id: rank for rank, member in enumerate(members)}
+        workers = {
+            member.worker_id: self._worker(member, ranks.get(member.worker_id, 0))
+            for member in self._membership.members()
+        }
+        return control_pb2.WatchEpochsResponse(
+            epoch=None if epoch is None else self._epoch(epoch, workers), workers=workers.values()
+        )
+
+    def _worker(self, member: Member, rank: int) -> control_pb2.Worker:
+        return control_pb2.Worker(
+            worker_id=member.worker_id,
+            role=member.role,
+            rank=rank,
+            address=member.address,
+            pid=member.pid,
+            ready=self._membership.is_ready(member),
+        )
+
+    def _epoch(self, epoch: Epoch, workers: dict[str, control_pb2.Worker]) -> control_pb2.Epoch:
+        return control_pb2.Epoch(
+            number=epoch.number,
+            attention_workers=[workers[m.worker_id] for m in epoch.attention_workers],
+            expert_workers=[workers[m.worker_id] for m in epoch.expert_workers],
+            placement=None if epoch.placement is None else placement_message(epoch.placement),
+            store_address=self._store_address,
+            store_prefix=f"epoch-{epoch.number}",
+        )
+
+
+def placement_message(placement: Placement) -> control_pb2.Placement:
+    """Write a placement as its message."""
+    return control_pb2.Placement(
+        num_workers=placement.num_workers,
+        slots_per_worker=placement.slots_per_worker,
+        layers=[
+            control_pb2.LayerPlacement(layer=layer, slot_experts=slots_WS.ravel().tolist())
+            for layer, slots_WS in placement.layers.items()
+        ],
+    )
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

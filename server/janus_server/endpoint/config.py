@@ -1,0 +1,38 @@
+"""What the endpoint is handed at launch."""
+
+from dataclasses import dataclass, field
+
+from janus_server.comm.config import CommConfig
+from janus_server.model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdmissionConfig:
+    """Public endpoint."""
+
+    listen: str = "127.0.0.1:50051"
+    """HOST:PORT of the public gRPC service; port 0 takes a free one."""
+
+    max_requests: int = 256
+    """Requests in the system, running and queued; one more is refused with RESOURCE_EXHAUSTED."""
+
+    drain_timeout_s: float = 30.0
+    """On shutdown, how long running requests may still take, in seconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EndpointConfig:
+    """Janus endpoint process: public API, tokenizer, admission."""
+
+    model: ModelConfig
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
+
+    controller: str
+    """HOST:PORT of the controller."""
+
+    max_context: int = 0
+    """Longest prompt plus completion, in tokens; 0: what the model was trained for."""
+
+    lifeline: bool = False
+    """Exit when standard input closes, so that the process never outlives its parent."""

@@ -1,0 +1,107 @@
+"""The life of an expert worker: register, load its slots, meet the epoch's group, serve, stop."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from janus_proto.v1 import control_pb2
+from janus_server.comm.control_client import ControlClient, wait_for_epoch
+from janus_server.comm.gloo import GlooAttentionPool, join_group
+from janus_server.comm.lifecycle import run_until_stopped
+from janus_server.comm.membership import group_config, placement_of
+from janus_server.experts.config import ExpertConfig
+from janus_server.experts.runner import ExpertRunner
+from janus_server.experts.weights import load_layers
+from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.weights import WeightReader, device_of, dtype_of
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_GRACE_S = 10.0
+"""How long the attention workers may take to close after this worker was told to stop."""
+
+
+async def main(config: ExpertConfig, stop: asyncio.Event) -> None:
+    """Serve as an expert worker until the attention workers close, or `stop` and a grace."""
+    torch.set_num_threads(config.threads)
+    checkpoint = Checkpoint.open(config.model.checkpoint)
+    control = ControlClient(config.controller)
+    try:
+        worker_id = await control.register(
+            control_pb2.WORKER_ROLE_EXPERT,
+            address="",
+            fingerprint=checkpoint.fingerprint,
+            timeout_s=config.comm.startup_timeout_s,
+        )
+        await run_until_stopped(
+            _serve_epoch(config, checkpoint, control, worker_id), stop=stop, control=control
+        )
+    finally:
+        await control.close()
+
+
+async def _serve_epoch(
+    config: ExpertConfig, checkpoint: Checkpoint, control: ControlClient, worker_id: str
+) -> None:
+    epoch = await wait_for_epoch(control, timeout_s=config.comm.startup_timeout_s)
+    group = group_config(epoch, worker_id, timeout_s=config.comm.comm_timeout_s)
+    device, dtype = device_of(config.model, config.device_index), dtype_of(config.model)
+
+    def load() -> ExpertRunner:
+        with WeightReader(checkpoint, dtype=dtype, device=device) as reader:
+            index = group.expert_ranks.index(group.rank)
+            return ExpertRunner(checkpoint.spec, load_layers(reader, placement_of(epoch), index))
+
+    def join() -> GlooAttentionPool:
+        return GlooAttentionPool(
+            join_group(group),
+            group,
+            hidden_size=checkpoint.spec.hidden_size,
+            dtype=dtype,
+            device=device,
+        )
+
+    runner = await asyncio.to_thread(load)
+    pool = await asyncio.to_thread(join)
+    control.expert_load = lambda: expert_load(runner)
+    control.set_ready(epoch.number)
+    logger.info("%s serves epoch %d", worker_id, epoch.number)
+    steps = _start_steps(pool, runner, checkpoint.spec.moe_layers)
+    try:
+        await asyncio.shield(steps)
+    except asyncio.CancelledError:
+        # The attention workers say when no step follows: leaving earlier would cut one short.
+        await asyncio.wait({steps}, timeout=_CLOSE_GRACE_S)
+        raise
+
+
+def _start_steps(
+    pool: GlooAttentionPool, runner: ExpertRunner, moe_layers: Sequence[int]
+) -> asyncio.Future[None]:
+    loop = asyncio.get_running_loop()
+    steps: asyncio.Future[None] = loop.create_future()
+
+    def serve() -> None:
+        try:
+            with torch.inference_mode():
+                pool.serve(runner.partial, moe_layers)
+            loop.call_soon_threadsafe(steps.set_result, None)
+        except Exception as error:
+            logger.error("the expert worker stopped: %s", error)
+            loop.call_soon_threadsafe(steps.set_exception, error)
+
+    # A daemon: a peer that hangs must not keep this process from ending.
+    threading.Thread(target=serve, name="steps", daemon=True).start()
+    return steps
+
+
+def expert_load(runner: ExpertRunner) -> control_pb2.ExpertLoad:
+    """What a heartbeat reports."""
+    return control_pb2.ExpertLoad(
+        num_layer_steps=runner.num_layer_steps,
+        num_activated_experts=runner.num_activated_experts,
+        num_token_pairs=runner.num_token_pairs,
+    )

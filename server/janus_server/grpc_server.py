@@ -1,0 +1,151 @@
+"""One gRPC server of a Janus process, with the standard health and reflection services on it.
+
+Every server and every channel of the project uses the options of this file, so that both ends agree
+on message sizes and on how often a silent connection may be pinged.
+"""
+
+import errno
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from janus_server.errors import ConfigError
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+"""Largest message in either direction, in bytes: the routing trace of a long request fits."""
+
+_KEEPALIVE_INTERVAL_MS = 30_000
+_KEEPALIVE_TIMEOUT_MS = 10_000
+
+_SIZE_OPTIONS: tuple[tuple[str, Any], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+)
+
+
+def channel_options() -> list[tuple[str, Any]]:
+    """Return the options of every client channel between Janus processes."""
+    return [
+        *_SIZE_OPTIONS,
+        ("grpc.keepalive_time_ms", _KEEPALIVE_INTERVAL_MS),
+        ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # A peer that is still starting is tried again soon.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        # Processes of one cluster never talk through a proxy of the environment.
+        ("grpc.enable_http_proxy", 0),
+    ]
+
+
+def _server_options() -> list[tuple[str, Any]]:
+    return [
+        *_SIZE_OPTIONS,
+        # Two servers on one port would each get a share of the connections; we want an error.
+        ("grpc.so_reuseport", 0),
+        # Clients may ping a silent connection this often without being cut off.
+        ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunningServer:
+    """A started server; not serving, as its health service says, until `set_serving(True)`."""
+
+    server: grpc.aio.Server
+    address: str
+    """HOST:PORT that is really bound."""
+    health: "health.aio.HealthServicer"
+    service_names: tuple[str, ...]
+
+    async def set_serving(self, serving: bool) -> None:
+        """Publish whether the server as a whole and each of its services can do its work."""
+        status = health_pb2.HealthCheckResponse
+        for name in ("", *self.service_names):
+            await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls at once, let running ones end for `grace_s` seconds, cancel the rest."""
+        await self.health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+
+
+async def start_server(
+    add_services: Callable[[grpc.aio.Server], None], service_names: Sequence[str], listen: str
+) -> RunningServer:
+    """Start a server on `listen` with what `add_services` adds, health and reflection.
+
+    `service_names` are the full names ("janus.v1.ControlService"); `listen` is HOST:PORT, where
+    port 0 takes a free one. Raises ConfigError where it cannot listen there.
+    """
+    host, _ = check_can_listen(listen)
+    server = grpc.aio.server(options=_server_options())
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    add_services(server)
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError:
+        raise ConfigError(f"cannot listen on {listen}") from None
+    running = RunningServer(
+        server=server,
+        address=f"{host}:{port}",
+        health=health_servicer,
+        service_names=tuple(service_names),
+    )
+    await running.set_serving(False)
+    await server.start()
+    return running
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Split HOST:PORT ("[::1]:80" for IPv6, brackets kept); raises ConfigError where it is not."""
+    host, colon, port = address.rpartition(":")
+    is_bare_ipv6 = ":" in host and not (host.startswith("[") and host.endswith("]"))
+    if not (colon and host and port.isascii() and port.isdigit()) or is_bare_ipv6:
+        raise ConfigError(f"{address!r} is not HOST:PORT")
+    if int(port) > 65535:
+        raise ConfigError(f"the port of {address} is above 65535")
+    return host, int(port)
+
+
+def check_can_listen(listen: str) -> tuple[str, int]:
+    """Return host and port of `listen`; raises ConfigError where no socket can listen there now.
+
+    gRPC itself reports neither the reason nor, with several addresses behind one name, every
+    failure.
+    """
+    host, port = split_address(listen)
+    try:
+        found = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError:
+        raise ConfigError(f"cannot listen on {listen}: there is no host {host}") from None
+    errors: list[OSError] = []
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+        except OSError as error:
+            errors.append(error)
+    in_use = any(error.errno == errno.EADDRINUSE for error in errors)
+    if in_use or len(errors) == len(found):
+        reason = "the port is in use" if in_use else errors[0].strerror
+        raise ConfigError(f"cannot listen on {listen}: {reason}")
+    return host, port

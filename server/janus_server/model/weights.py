@@ -1,0 +1,72 @@
+"""Read single tensors of a checkpoint, lazily, so that a worker touches only what it owns."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from janus_server.errors import CheckpointError, ConfigError
+from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.config import ModelConfig
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def dtype_of(config: ModelConfig) -> torch.dtype:
+    """The torch dtype that the configuration names."""
+    return _DTYPES[config.dtype]
+
+
+def device_of(config: ModelConfig, index: int) -> torch.device:
+    """The device to compute on; raises ConfigError where there is none."""
+    if config.device == "cpu":
+        return torch.device("cpu")
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device cuda: GPU {index} was asked for, {torch.cuda.device_count()} can be used"
+        )
+    return torch.device("cuda", index)
+
+
+class WeightReader:
+    """Reads tensors by name in the serving dtype, each from its place in its shard.
+
+    A context manager: the shards stay mapped, not read, until it is left.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = device
+        self._stack = ExitStack()
+        self._open_shards: dict[Path, Any] = {}
+
+    def __enter__(self) -> "WeightReader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open_shards.clear()
+        self._stack.close()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, in the dtype and on the device of this reader."""
+        path = self.checkpoint.shards[name]
+        try:
+            if path not in self._open_shards:
+                self._open_shards[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            tensor: torch.Tensor = self._open_shards[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {name} from {path}: {error}") from None
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+    def read_rows(self, *names: str) -> torch.Tensor:
+        """Several tensors, one below the other."""
+        return torch.cat([self.read(name) for name in names])

@@ -1,0 +1,41 @@
+"""A worker that holds attention and all experts in one process: the reference for the others."""
+
+import asyncio
+
+from janus_proto.v1 import control_pb2
+from janus_scheduler.placement import round_robin
+from janus_server.attention import worker as attention_worker
+from janus_server.comm.base import ExpertPool
+from janus_server.comm.local import LocalExpertPool
+from janus_server.experts.runner import ExpertRunner
+from janus_server.experts.weights import load_layers
+from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.weights import WeightReader, device_of, dtype_of
+from janus_server.monolith.config import MonolithConfig
+
+
+async def main(config: MonolithConfig, stop: asyncio.Event) -> None:
+    """Serve as an attention worker whose experts are in this process."""
+    checkpoint = Checkpoint.open(config.model.checkpoint)
+
+    def join(epoch: control_pb2.Epoch, worker_id: str) -> ExpertPool:
+        return local_expert_pool(config, checkpoint)
+
+    await attention_worker.serve(config, stop, checkpoint, join)
+
+
+def local_expert_pool(config: MonolithConfig, checkpoint: Checkpoint) -> LocalExpertPool:
+    """Load all experts, in as many shares as there are expert workers."""
+    spec = checkpoint.spec
+    placement = round_robin(
+        moe_layers=spec.moe_layers,
+        num_experts=spec.num_experts,
+        num_workers=config.expert_workers,
+    )
+    device = device_of(config.model, config.device_index)
+    with WeightReader(checkpoint, dtype=dtype_of(config.model), device=device) as reader:
+        runners = [
+            ExpertRunner(spec, load_layers(reader, placement, worker))
+            for worker in range(config.expert_workers)
+        ]
+    return LocalExpertPool([runner.partial for runner in runners])

@@ -1,0 +1,116 @@
+"""The shell of every Janus process: config, log, event loop, signals, lifeline, exit status.
+
+Invariants: SIGTERM, SIGINT and the end of the lifeline all mean one thing, the `stop` event; a
+process with a lifeline never outlives its parent by more than `LIFELINE_GRACE_S`.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, TypeVar
+
+import uvloop
+
+from janus_server import command_line
+from janus_server.errors import JanusError
+from janus_server.telemetry import configure_logging
+
+logger = logging.getLogger(__name__)
+
+LIFELINE_GRACE_S = 20.0
+"""How long an orderly stop may take once the parent is gone, in seconds."""
+
+_ANNOUNCEMENT = "listening "
+
+
+class ProcessConfig(Protocol):
+    """What the configuration of every process has."""
+
+    @property
+    def lifeline(self) -> bool:
+        """Whether to stop when standard input closes."""
+        ...
+
+
+ConfigT = TypeVar("ConfigT", bound=ProcessConfig)
+
+
+def run(
+    name: str,
+    cls: type[ConfigT],
+    main: Callable[[ConfigT, asyncio.Event], Awaitable[None]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse `cls` from the command line and run `main(config, stop)` until it returns.
+
+    `main` must return soon after `stop` is set. Returns the exit status: 0, or 1 after a
+    JanusError, whose sentence is logged without a traceback; any other exception passes.
+    """
+    configure_logging(name)
+    try:
+        prog = f"python -m janus_server.{name}"
+        config = command_line.parse(cls, sys.argv[1:] if argv is None else argv, prog=prog)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_run_until_stopped(config, main))
+    except (JanusError, BaseExceptionGroup) as error:
+        cause = _first_janus_error(error)
+        if cause is None:
+            raise
+        logger.error("%s", cause)
+        return 1
+    return 0
+
+
+def announce(address: str) -> None:
+    """Tell the parent, by one line on standard output, the HOST:PORT that was really bound."""
+    sys.stdout.write(f"{_ANNOUNCEMENT}{address}\n")
+    sys.stdout.flush()
+
+
+def announced_address(line: str) -> str | None:
+    """Return the HOST:PORT in a line written by `announce`; None for any other line."""
+    if not line.startswith(_ANNOUNCEMENT):
+        return None
+    return line.removeprefix(_ANNOUNCEMENT).strip()
+
+
+async def _run_until_stopped(
+    config: ConfigT, main: Callable[[ConfigT, asyncio.Event], Awaitable[None]]
+) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, stop.set)
+    if config.lifeline:
+        threading.Thread(
+            target=_watch_lifeline, args=(loop, stop), name="lifeline", daemon=True
+        ).start()
+    await main(config, stop)
+
+
+def _watch_lifeline(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    # Not sys.stdin: a buffered reader held by a daemon thread aborts the interpreter's exit.
+    try:
+        while os.read(0, 4096):
+            pass
+    except OSError:
+        logger.warning("standard input cannot be read; taking it for closed")
+    try:
+        loop.call_soon_threadsafe(stop.set)
+    except RuntimeError:  # the loop is closed: the process is ending already
+        logger.debug("the lifeline closed after the event loop")
+    time.sleep(LIFELINE_GRACE_S)
+    logger.error("still running %.0f s after the parent ended; exiting hard", LIFELINE_GRACE_S)
+    os._exit(1)
+
+
+def _first_janus_error(error: BaseException) -> JanusError | None:
+    if isinstance(error, BaseExceptionGroup):
+        found = (_first_janus_error(inner) for inner in error.exceptions)
+        return next((inner for inner in found if inner is not None), None)
+    return error if isinstance(error, JanusError) else None

@@ -1,0 +1,32 @@
+"""Fixtures that many tests share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.fakes.checkpoints import write_checkpoint
+
+CheckpointFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    # Several workers share two cores in many tests.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
+    """Write a random-weight checkpoint with these config overrides, once a session for each."""
+    made: dict[str, Path] = {}
+
+    def make(**overrides: object) -> Path:
+        key = repr(sorted(overrides.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("checkpoint")
+            write_checkpoint(made[key], **overrides)
+        return made[key]
+
+    return make

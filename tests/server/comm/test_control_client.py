@@ -1,0 +1,146 @@
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from janus_proto.v1 import control_pb2
+from janus_proto.v1.control_pb2_grpc import (
+    ControlServiceServicer,
+    add_ControlServiceServicer_to_server,
+)
+from janus_server.comm.control_client import ControlClient
+from janus_server.errors import UnavailableError
+from janus_server.grpc_server import RunningServer, start_server
+
+NOWHERE = "127.0.0.1:1"
+"""A port on which nothing listens."""
+
+
+class FakeControlService(ControlServiceServicer):
+    """Notes heartbeats; streams one message a connection and then ends it."""
+
+    def __init__(self, heartbeat_interval_s: float) -> None:
+        self.heartbeat_interval_s = heartbeat_interval_s
+        self.ready_epochs: list[int] = []
+        self.heard = asyncio.Event()
+        self.num_watches = 0
+
+    async def Register(self, request, context):
+        return control_pb2.RegisterResponse(
+            worker_id="w", heartbeat_interval_s=self.heartbeat_interval_s
+        )
+
+    async def Heartbeat(self, request, context):
+        self.ready_epochs.append(request.ready_epoch)
+        self.heard.set()
+        return control_pb2.HeartbeatResponse()
+
+    async def WatchEpochs(self, request, context):
+        self.num_watches += 1
+        yield control_pb2.WatchEpochsResponse(epoch=control_pb2.Epoch(number=self.num_watches))
+
+    async def GetExpertLoads(self, request, context):
+        raise AssertionError("not called")
+
+
+async def start(service: FakeControlService, listen: str = "127.0.0.1:0") -> RunningServer:
+    return await start_server(
+        lambda server: add_ControlServiceServicer_to_server(service, server), [], listen
+    )
+
+
+@contextlib.asynccontextmanager
+async def client(address: str) -> AsyncIterator[ControlClient]:
+    control = ControlClient(address)
+    try:
+        yield control
+    finally:
+        await control.close()
+
+
+async def register(control: ControlClient, timeout_s: float = 30.0) -> str:
+    return await control.register(
+        control_pb2.WORKER_ROLE_EXPERT, address="", fingerprint="", timeout_s=timeout_s
+    )
+
+
+def test_readiness_is_reported_at_once() -> None:
+    async def check() -> None:
+        service = FakeControlService(heartbeat_interval_s=1000.0)
+        server = await start(service)
+        async with client(server.address) as control:
+            await register(control)
+            await asyncio.wait_for(service.heard.wait(), 30)
+            service.heard.clear()
+            control.set_ready(3)
+            await asyncio.wait_for(service.heard.wait(), 30)
+        await server.stop(0)
+        assert service.ready_epochs == [0, 3]
+
+    asyncio.run(check())
+
+
+def test_a_controller_that_falls_silent_is_lost() -> None:
+    async def check() -> None:
+        service = FakeControlService(heartbeat_interval_s=0.01)
+        server = await start(service)
+        async with client(server.address) as control:
+            await register(control)
+            await asyncio.wait_for(service.heard.wait(), 30)
+            assert not control.lost.is_set()
+            await server.stop(0)
+            await asyncio.wait_for(control.lost.wait(), 30)
+
+    asyncio.run(check())
+
+
+def test_registration_waits_for_a_controller_that_starts_later() -> None:
+    async def check() -> None:
+        service = FakeControlService(heartbeat_interval_s=1000.0)
+        server = await start(service)
+        await server.stop(0)
+        async with client(server.address) as control:
+            registering = asyncio.create_task(register(control))
+            await asyncio.sleep(0.05)
+            server = await start(service, server.address)
+            assert await registering == "w"
+        await server.stop(0)
+
+    asyncio.run(check())
+
+
+def test_registration_without_controller_names_its_address() -> None:
+    async def check() -> None:
+        async with client(NOWHERE) as control:
+            with pytest.raises(UnavailableError, match=NOWHERE):
+                await register(control, timeout_s=0.2)
+
+    asyncio.run(check())
+
+
+def test_watching_goes_on_after_the_stream_broke() -> None:
+    async def check() -> None:
+        server = await start(FakeControlService(heartbeat_interval_s=1.0))
+        numbers = []
+        async with (
+            client(server.address) as control,
+            contextlib.aclosing(control.epochs()) as epochs,
+        ):
+            async for response in epochs:
+                numbers.append(response.epoch.number)
+                if len(numbers) == 3:
+                    break
+        await server.stop(0)
+        assert numbers == [1, 2, 3]
+
+    asyncio.run(check())
+
+
+def test_watching_gives_up_on_a_controller_that_is_gone() -> None:
+    async def check() -> None:
+        async with client(NOWHERE) as control:
+            with pytest.raises(UnavailableError, match=f"{NOWHERE} did not answer within"):
+                await anext(control.epochs(timeout_s=0.2))
+
+    asyncio.run(check())

@@ -1,0 +1,165 @@
+import random
+import threading
+
+import pytest
+import torch
+
+from janus_server.comm.gloo import join_group
+from janus_server.errors import PeerLostError
+from janus_server.model.checkpoint import Checkpoint
+from tests.conftest import CheckpointFactory
+from tests.fakes.decoding import expert_runners, greedy_decode, local_pool
+from tests.fakes.gloo_group import attention_side, group_configs, in_thread, serve_experts
+
+DEADLINE_S = 60
+LAYERS = [0, 2]
+HIDDEN = 3
+
+
+def times(factor: float):  # type: ignore[no-untyped-def]
+    """A share whose effect can be worked out by hand: factor times layer plus one times x."""
+    return lambda layer, hidden_TH: hidden_TH * factor * (layer + 1)
+
+
+@pytest.mark.parametrize("num_attention", [1, 2, 3])
+@pytest.mark.parametrize("num_experts", [1, 2, 4])
+def test_sums_of_all_shares_with_several_steps_and_lanes(
+    num_attention: int, num_experts: int
+) -> None:
+    def attend(config) -> None:  # type: ignore[no-untyped-def]
+        pool = attention_side(config)
+        for step in range(5):
+            lanes = [config.rank + 1 + step, 2][: 1 + (step + config.rank) % 2]
+            pool.begin_step(lanes)
+            hidden = [torch.full((tokens, HIDDEN), float(tokens)) for tokens in lanes]
+            for layer in LAYERS:
+                handles = [pool.dispatch(layer, i, x_TH) for i, x_TH in enumerate(hidden)]
+                for x_TH, handle in zip(hidden, handles, strict=True):
+                    total = sum(range(1, num_experts + 1)) * (layer + 1)
+                    assert torch.equal(pool.combine(handle), x_TH * total)
+            if step % 2:
+                pool.idle()
+        pool.close()
+
+    with group_configs(num_attention, num_experts) as configs:
+        work = [
+            in_thread(
+                lambda c=config: serve_experts(
+                    c, times(c.rank - num_attention + 1), layers=LAYERS, hidden_size=HIDDEN
+                )
+            )
+            for config in configs[num_attention:]
+        ]
+        work += [in_thread(lambda c=config: attend(c)) for config in configs[:num_attention]]
+        for future in work:
+            future.result(DEADLINE_S)
+
+
+def test_a_step_without_moe_layers(make_checkpoint: CheckpointFactory) -> None:
+    with group_configs(1, 1) as configs:
+        experts = in_thread(
+            lambda: serve_experts(configs[1], times(1), layers=[], hidden_size=HIDDEN)
+        )
+        pool = attention_side(configs[0])
+        for _ in range(3):
+            pool.begin_step([4])
+        pool.close()
+        experts.result(DEADLINE_S)
+
+
+@pytest.mark.parametrize(
+    ("num_attention", "num_experts"), [(1, 1), (1, 2), (2, 1), (2, 3), (3, 2), (1, 4), (3, 4)]
+)
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_tokens_equal_those_of_the_local_transport(
+    make_checkpoint: CheckpointFactory, num_attention: int, num_experts: int, lanes: int
+) -> None:
+    folder = make_checkpoint(num_experts=7, decoder_sparse_step=2, num_hidden_layers=4)
+    spec = Checkpoint.open(folder).spec
+    rng = random.Random(2)
+    batches = [
+        [[rng.randrange(256) for _ in range(rng.randrange(1, 50))] for _ in range(3 + rank)]
+        for rank in range(num_attention)
+    ]
+    runners = expert_runners(folder, num_experts)
+
+    def attend(rank: int) -> list[list[int]]:
+        pool = attention_side(configs[rank])
+        decoded = greedy_decode(
+            folder, pool, batches[rank], 4 + rank, lanes=lanes, max_batch_tokens=64
+        )
+        pool.close()
+        return [one.token_ids for one in decoded]
+
+    with group_configs(num_attention, num_experts) as configs:
+        experts = [
+            in_thread(
+                lambda c=config, r=runner: serve_experts(
+                    c, r.partial, layers=list(spec.moe_layers), hidden_size=spec.hidden_size
+                )
+            )
+            for config, runner in zip(configs[num_attention:], runners, strict=True)
+        ]
+        attention = [in_thread(lambda r=rank: attend(r)) for rank in range(num_attention)]
+        results = [future.result(DEADLINE_S) for future in attention]
+        for future in experts:
+            future.result(DEADLINE_S)
+    for rank, batch in enumerate(batches):
+        expected = greedy_decode(folder, local_pool(folder, num_experts), batch, 4 + rank)
+        assert results[rank] == [one.token_ids for one in expected]
+    assert all(runner.num_layer_steps == runners[0].num_layer_steps for runner in runners)
+
+
+def test_bf16_travels_as_bf16() -> None:
+    with group_configs(1, 1) as configs:
+        experts = in_thread(
+            lambda: serve_experts(
+                configs[1], times(1), layers=[0], hidden_size=HIDDEN, dtype=torch.bfloat16
+            )
+        )
+        pool = attention_side(configs[0])
+        x_TH = torch.randn(4, HIDDEN).bfloat16()
+        pool.begin_step([4])
+        handle = pool.dispatch(0, 0, x_TH)
+        assert handle.partials_WTH.dtype == torch.bfloat16
+        combined = pool.combine(handle)
+        assert combined.dtype == torch.float32
+        assert torch.equal(combined, x_TH.float())
+        pool.close()
+        experts.result(DEADLINE_S)
+
+
+def test_a_silent_attention_worker_is_named() -> None:
+    with group_configs(1, 1, timeout_s=1.0) as configs:
+        experts = in_thread(
+            lambda: serve_experts(configs[1], times(1), layers=[0], hidden_size=HIDDEN)
+        )
+        attention_side(configs[0])
+        with pytest.raises(PeerLostError, match="attention worker"):
+            experts.result(DEADLINE_S)
+
+
+def test_an_expert_worker_that_fails_is_noticed() -> None:
+    def fail(layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:
+        stop.wait(DEADLINE_S)
+        raise PeerLostError("injected")
+
+    stop = threading.Event()
+    with group_configs(1, 1, timeout_s=2.0) as configs:
+        experts = in_thread(lambda: serve_experts(configs[1], fail, layers=[0], hidden_size=HIDDEN))
+        pool = attention_side(configs[0])
+        pool.begin_step([1])
+        handle = pool.dispatch(0, 0, torch.zeros(1, HIDDEN))
+        with pytest.raises(PeerLostError, match="experts of layer 0"):
+            pool.combine(handle)
+        stop.set()
+        with pytest.raises(PeerLostError):
+            experts.result(DEADLINE_S)
+
+
+def test_workers_that_do_not_come_are_not_awaited_for_ever() -> None:
+    with (
+        group_configs(1, 1, timeout_s=1.0) as configs,
+        pytest.raises(PeerLostError, match="while the group group-"),
+    ):
+        join_group(configs[0])

@@ -1,0 +1,138 @@
+import pytest
+
+from janus_proto.v1 import control_pb2
+from janus_server.controller.config import PoolConfig
+from janus_server.controller.membership import (
+    LOST_AFTER_S,
+    Membership,
+    RegistrationRefusedError,
+    UnknownWorkerError,
+)
+from tests.fakes.model_specs import SMALL_SPEC
+
+ATTENTION = control_pb2.WORKER_ROLE_ATTENTION
+EXPERT = control_pb2.WORKER_ROLE_EXPERT
+
+
+def membership(attention: int = 1, experts: int = 2, slots: int = 0) -> Membership:
+    pools = PoolConfig(attention_workers=attention, expert_workers=experts, expert_slots=slots)
+    return Membership(spec=SMALL_SPEC, fingerprint="same", pools=pools)
+
+
+def join(members: Membership, role: int, *, now_s: float = 0.0, fingerprint: str = "same") -> str:
+    return members.register(
+        role=role, address="host:1", pid=1, fingerprint=fingerprint, now_s=now_s
+    )
+
+
+def beat(members: Membership, worker_id: str, *, ready: int = 0, now_s: float = 0.0) -> None:
+    load = control_pb2.ExpertLoad(num_token_pairs=3)
+    members.heartbeat(worker_id, ready_epoch=ready, load=load, now_s=now_s)
+
+
+def test_an_epoch_forms_when_both_pools_are_full() -> None:
+    members = membership(attention=2, experts=2)
+    for role in (EXPERT, ATTENTION, EXPERT):
+        join(members, role)
+        assert members.epoch is None
+    join(members, ATTENTION)
+    assert members.epoch.number == 1
+    assert [m.worker_id for m in members.epoch.attention_workers] == ["attention-0", "attention-1"]
+    assert [m.worker_id for m in members.epoch.expert_workers] == ["expert-0", "expert-1"]
+
+
+def test_every_layer_places_every_expert() -> None:
+    members = membership(experts=2)
+    for role in (ATTENTION, EXPERT, EXPERT):
+        join(members, role)
+    placement = members.epoch.placement
+    assert (placement.num_workers, placement.slots_per_worker) == (2, 3)
+    assert tuple(placement.layers) == SMALL_SPEC.moe_layers
+    for slots_WS in placement.layers.values():
+        assert set(slots_WS.ravel().tolist()) >= set(range(SMALL_SPEC.num_experts))
+
+
+def test_the_wanted_number_of_slots_is_given() -> None:
+    members = membership(experts=2, slots=5)
+    for role in (ATTENTION, EXPERT, EXPERT):
+        join(members, role)
+    assert members.epoch.placement.slots_per_worker == 5
+
+
+def test_without_expert_workers_there_is_no_placement() -> None:
+    members = membership(attention=1, experts=0)
+    join(members, ATTENTION)
+    assert members.epoch.expert_workers == ()
+    assert members.epoch.placement is None
+
+
+def test_more_workers_than_wanted_stay_outside() -> None:
+    members = membership(attention=1, experts=1)
+    for role in (ATTENTION, ATTENTION, EXPERT, EXPERT):
+        join(members, role)
+    assert len(members.members()) == 4
+    assert len(members.epoch.attention_workers) == len(members.epoch.expert_workers) == 1
+    assert members.epoch.number == 1
+
+
+def test_ready_means_ready_for_this_epoch() -> None:
+    members = membership(experts=0)
+    worker_id = join(members, ATTENTION)
+    [member] = members.members()
+    assert not members.is_ready(member)
+    beat(members, worker_id, ready=7)
+    assert not members.is_ready(member)
+    beat(members, worker_id, ready=1)
+    assert members.is_ready(member)
+
+
+def test_the_version_grows_only_with_what_a_watcher_sees() -> None:
+    members = membership(experts=0)
+    worker_id = join(members, ATTENTION)
+    seen = members.version
+    beat(members, worker_id)
+    members.expire(LOST_AFTER_S)
+    assert members.version == seen
+    beat(members, worker_id, ready=1)
+    assert members.version == seen + 1
+
+
+def test_a_silent_worker_is_lost_until_it_is_heard_of() -> None:
+    members = membership(experts=0)
+    worker_id = join(members, ATTENTION, now_s=100.0)
+    beat(members, worker_id, ready=1, now_s=101.0)
+    [member] = members.members()
+    members.expire(101.0 + LOST_AFTER_S)
+    assert members.is_ready(member)
+    members.expire(101.1 + LOST_AFTER_S)
+    assert member.lost
+    assert not members.is_ready(member)
+    beat(members, worker_id, ready=1, now_s=120.0)
+    assert members.is_ready(member)
+
+
+def test_lost_workers_form_no_epoch_and_returned_ones_do() -> None:
+    members = membership(attention=1, experts=1)
+    expert = join(members, EXPERT, now_s=0.0)
+    members.expire(LOST_AFTER_S + 1)
+    join(members, ATTENTION, now_s=LOST_AFTER_S + 1)
+    assert members.epoch is None
+    beat(members, expert, now_s=LOST_AFTER_S + 2)
+    assert members.epoch is not None
+
+
+def test_a_worker_of_another_model_is_refused() -> None:
+    members = membership()
+    with pytest.raises(RegistrationRefusedError, match="serves another model"):
+        join(members, EXPERT, fingerprint="other")
+    assert members.members() == ()
+
+
+def test_a_worker_without_role_is_refused() -> None:
+    with pytest.raises(RegistrationRefusedError, match="as attention or expert worker"):
+        join(membership(), control_pb2.WORKER_ROLE_UNSPECIFIED)
+
+
+def test_an_unknown_worker_has_no_heartbeat() -> None:
+    with pytest.raises(UnknownWorkerError, match="expert-9"):
+        beat(membership(), "expert-9")

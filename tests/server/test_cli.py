@@ -1,0 +1,72 @@
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+
+from janus_server.cli import main, summarize
+
+
+def test_help_introduces_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Mixture-of-Experts" in text
+    assert "  serve       Serve a checkpoint" in text
+    assert "janus serve PATH_TO_CHECKPOINT" in text
+
+
+def test_without_arguments_help_is_shown_and_the_status_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([]) == 2
+    assert "usage: janus" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("janus ")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("sreve", "did you mean `janus serve`?"), ("xyzzy", "`janus --help` lists them.")],
+)
+def test_an_unknown_command(name: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"janus: there is no command {name!r}; {hint}\n"
+    assert captured.out == ""
+
+
+def test_an_error_for_users_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "/nowhere"]) == 1
+    assert capsys.readouterr().err == "janus: no checkpoint folder at /nowhere\n"
+
+
+def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", "--help"])
+    assert caught.value.code == 0
+    assert "--expert-workers" in capsys.readouterr().out
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    program = "import sys; from janus_server.cli import main; sys.exit(main(['--help']))"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    assert child.wait(60) == 1
+    child.stderr.close()
+
+
+def test_a_summary_is_the_first_line_of_the_docstring() -> None:
+    def command(argv: Sequence[str]) -> int:
+        """Do it.
+
+        At length.
+        """
+        return 0
+
+    assert summarize("it", command) == "  it          Do it."

@@ -1,0 +1,127 @@
+import dataclasses
+import socket
+from typing import Any
+
+import pytest
+
+from janus_server.attention.config import AttentionConfig, EngineConfig
+from janus_server.cluster_plan import (
+    check_config,
+    controller_config,
+    endpoint_config,
+    worker_processes,
+)
+from janus_server.comm.config import CommConfig
+from janus_server.command_line import parse
+from janus_server.config import ServeConfig
+from janus_server.controller.config import PoolConfig
+from janus_server.endpoint.config import AdmissionConfig
+from janus_server.errors import CheckpointError, ConfigError
+from janus_server.experts.config import ExpertConfig
+from janus_server.model.config import ModelConfig
+from janus_server.monolith.config import MonolithConfig
+from tests.conftest import CheckpointFactory
+
+CONTROLLER = "127.0.0.1:5"
+
+
+@pytest.fixture
+def config(make_checkpoint: CheckpointFactory) -> ServeConfig:
+    """One that can work, on a model with 6 experts and 1024 positions."""
+    return ServeConfig(
+        model=ModelConfig(checkpoint=str(make_checkpoint())),
+        admission=AdmissionConfig(listen="127.0.0.1:0"),
+    )
+
+
+def test_a_config_that_can_work_passes(config: ServeConfig) -> None:
+    check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        ({"pools": PoolConfig(attention_workers=0)}, "--attention-workers must be at least 1"),
+        ({"pools": PoolConfig(expert_workers=0)}, "--expert-workers must be at least 1"),
+        ({"pools": PoolConfig(expert_workers=7)}, "--expert-workers 7 .* has 6 experts"),
+        ({"pools": PoolConfig(expert_slots=2)}, "2 expert workers with 2 .* cannot hold"),
+        ({"pools": PoolConfig(expert_slots=7)}, "--expert-slots must be between 1 and"),
+        ({"pools": PoolConfig(expert_slots=-1)}, "--expert-slots must be between 1 and"),
+        ({"engine": EngineConfig(lanes=0)}, "--lanes must be at least 1"),
+        ({"engine": EngineConfig(lanes=5)}, "--lanes must be at most 4, not 5"),
+        ({"engine": EngineConfig(max_batch_tokens=0)}, "--max-batch-tokens must be at least 1"),
+        ({"engine": EngineConfig(max_sequences=0)}, "--max-sequences must be at least 1"),
+        ({"engine": EngineConfig(block_size=-1)}, "--block-size must be at least 1"),
+        ({"engine": EngineConfig(kv_cache_gib=0.0)}, "--kv-cache-gib must be above 0"),
+        ({"engine": EngineConfig(kv_cache_gib=float("nan"))}, "--kv-cache-gib must be above 0"),
+        ({"engine": EngineConfig(max_context=1025)}, "--max-context .* model's 1024, not 1025"),
+        ({"engine": EngineConfig(max_context=-1)}, "--max-context must be between 0 and"),
+        ({"comm": CommConfig(comm_timeout_s=0.0)}, "--comm-timeout-s must be above 0"),
+        ({"comm": CommConfig(startup_timeout_s=-1.0)}, "--startup-timeout-s must be above 0"),
+        ({"threads": 0}, "--threads must be at least 1"),
+        ({"admission": AdmissionConfig(max_requests=0)}, "--max-requests must be at least 1"),
+        ({"admission": AdmissionConfig(drain_timeout_s=-1.0)}, "--drain-timeout-s cannot be"),
+        ({"admission": AdmissionConfig(listen="50051")}, "is not HOST:PORT"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(
+    config: ServeConfig, part: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        check_config(dataclasses.replace(config, **part))
+
+
+def test_a_missing_checkpoint(config: ServeConfig) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint folder at /nowhere"):
+        check_config(dataclasses.replace(config, model=ModelConfig(checkpoint="/nowhere")))
+
+
+def test_a_port_in_use(config: ServeConfig) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"cannot listen on {listen}: the port is in use"):
+            check_config(dataclasses.replace(config, admission=AdmissionConfig(listen=listen)))
+
+
+def test_each_process_is_handed_its_part(config: ServeConfig) -> None:
+    engine = EngineConfig(lanes=2, max_context=100)
+    pools = PoolConfig(attention_workers=2, expert_workers=3)
+    config = dataclasses.replace(config, engine=engine, pools=pools, threads=4)
+    controller = controller_config(config)
+    assert (controller.pools, controller.lifeline) == (pools, True)
+    endpoint = endpoint_config(config, CONTROLLER)
+    assert (endpoint.controller, endpoint.max_context) == (CONTROLLER, 100)
+    workers = worker_processes(config, CONTROLLER, num_devices=1)
+    assert [worker.name for worker in workers] == ["attention worker"] * 2 + ["expert worker"] * 3
+    assert parse(AttentionConfig, workers[0].argv, prog="p") == AttentionConfig(
+        model=config.model,
+        engine=engine,
+        comm=config.comm,
+        controller=CONTROLLER,
+        threads=4,
+        lifeline=True,
+    )
+    assert parse(ExpertConfig, workers[-1].argv, prog="p") == ExpertConfig(
+        model=config.model, comm=config.comm, controller=CONTROLLER, threads=4, lifeline=True
+    )
+
+
+def test_workers_take_devices_in_turn(config: ServeConfig) -> None:
+    config = dataclasses.replace(config, pools=PoolConfig(attention_workers=2, expert_workers=3))
+    attention, experts = (2, AttentionConfig), (3, ExpertConfig)
+    workers = iter(worker_processes(config, CONTROLLER, num_devices=4))
+    indices = [
+        parse(cls, next(workers).argv, prog="p").device_index
+        for count, cls in (attention, experts)
+        for _ in range(count)
+    ]
+    assert indices == [0, 1, 2, 3, 0]
+
+
+def test_transport_local_is_monolithic_workers_alone(config: ServeConfig) -> None:
+    pools = PoolConfig(attention_workers=2, expert_workers=3)
+    config = dataclasses.replace(config, pools=pools, transport="local")
+    assert controller_config(config).pools == PoolConfig(attention_workers=2, expert_workers=0)
+    workers = worker_processes(config, CONTROLLER, num_devices=1)
+    assert [worker.module for worker in workers] == ["janus_server.monolith"] * 2
+    assert parse(MonolithConfig, workers[0].argv, prog="p").expert_workers == 3

@@ -1,0 +1,153 @@
+import asyncio
+import socket
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from janus_proto.v1 import control_pb2, control_pb2_grpc
+from janus_server.errors import ConfigError
+from janus_server.grpc_server import (
+    RunningServer,
+    channel_options,
+    check_can_listen,
+    split_address,
+    start_server,
+)
+
+SERVICE = "janus.v1.ControlService"
+
+
+class FakeControlService(control_pb2_grpc.ControlServiceServicer):
+    async def Register(self, request, context):
+        return control_pb2.RegisterResponse(worker_id=request.address)
+
+    async def Heartbeat(self, request, context):
+        raise AssertionError("not called")
+
+    def WatchEpochs(self, request, context):
+        raise AssertionError("not called")
+
+    async def GetExpertLoads(self, request, context):
+        raise AssertionError("not called")
+
+
+async def start(listen: str = "127.0.0.1:0") -> RunningServer:
+    return await start_server(
+        lambda server: control_pb2_grpc.add_ControlServiceServicer_to_server(
+            FakeControlService(), server
+        ),
+        [SERVICE],
+        listen,
+    )
+
+
+def test_health_follows_set_serving_and_stop() -> None:
+    async def check() -> None:
+        server = await start()
+        async with grpc.aio.insecure_channel(server.address, options=channel_options()) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+
+            async def statuses() -> set[int]:
+                requests = [health_pb2.HealthCheckRequest(service=s) for s in ("", SERVICE)]
+                return {(await stub.Check(request, timeout=10)).status for request in requests}
+
+            assert await statuses() == {health_pb2.HealthCheckResponse.NOT_SERVING}
+            await server.set_serving(True)
+            assert await statuses() == {health_pb2.HealthCheckResponse.SERVING}
+            await server.set_serving(False)
+            assert await statuses() == {health_pb2.HealthCheckResponse.NOT_SERVING}
+            await server.stop(0)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await statuses()
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+    asyncio.run(check())
+
+
+def test_reflection_lists_the_services() -> None:
+    async def check() -> None:
+        server = await start()
+        async with grpc.aio.insecure_channel(server.address, options=channel_options()) as channel:
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            call = stub.ServerReflectionInfo(
+                iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+            )
+            response = await call.read()
+        await server.stop(0)
+        names = {service.name for service in response.list_services_response.service}
+        assert {SERVICE, "grpc.health.v1.Health"} <= names
+
+    asyncio.run(check())
+
+
+def test_messages_above_the_default_limit_pass() -> None:
+    async def check() -> None:
+        server = await start()
+        async with grpc.aio.insecure_channel(server.address, options=channel_options()) as channel:
+            stub = control_pb2_grpc.ControlServiceStub(channel)
+            address = "x" * (8 * 2**20)
+            response = await stub.Register(control_pb2.RegisterRequest(address=address))
+            assert response.worker_id == address
+        await server.stop(0)
+
+    asyncio.run(check())
+
+
+def test_a_port_in_use_is_one_sentence() -> None:
+    async def check() -> None:
+        server = await start()
+        try:
+            with pytest.raises(ConfigError, match=f"{server.address}: the port is in use"):
+                await start(server.address)
+        finally:
+            await server.stop(0)
+
+    asyncio.run(check())
+
+
+def test_a_port_is_free_again_after_stop() -> None:
+    async def check() -> None:
+        server = await start()
+        await server.stop(0)
+        again = await start(server.address)
+        assert again.address == server.address
+        await again.stop(0)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    "address", ["", "localhost", ":80", "host:", "host:x", "host:-1", "::1:80", "host:80 "]
+)
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="is not HOST:PORT"):
+        split_address(address)
+
+
+def test_addresses_are_split() -> None:
+    assert split_address("localhost:80") == ("localhost", 80)
+    assert split_address("[::1]:0") == ("[::1]", 0)
+    with pytest.raises(ConfigError, match="above 65535"):
+        split_address("localhost:65536")
+
+
+def test_an_unknown_host_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="there is no host bad host"):
+        check_can_listen("bad host:80")
+
+
+def test_an_address_of_another_machine_is_one_sentence() -> None:
+    # 192.0.2.0/24 is reserved for documentation.
+    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1:80"):
+        check_can_listen("192.0.2.1:80")
+
+
+def test_checking_leaves_the_port_free() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match="in use"):
+            check_can_listen(address)
+    assert check_can_listen(address) == check_can_listen(address)

@@ -1,0 +1,145 @@
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from janus_server.process import announced_address
+
+PREAMBLE = """
+import asyncio, sys, time
+from dataclasses import dataclass
+from janus_server import process
+from janus_server.errors import ConfigError
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    '''A process.'''
+
+    number: int = 1
+    '''A number.'''
+    lifeline: bool = False
+    '''Whether to end with the parent.'''
+"""
+
+ENDING = """
+sys.exit(process.run("test", Config, main))
+"""
+
+UNTIL_STOPPED = """
+async def main(config, stop):
+    process.announce(f"here:{config.number}")
+    await asyncio.wait_for(stop.wait(), 60)
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    """Start a process whose `main` is in the given source."""
+    started = []
+
+    def start_process(main: str, *argv: str) -> subprocess.Popen[str]:
+        script = tmp_path / "script.py"
+        script.write_text(PREAMBLE + main + ENDING)
+        child = subprocess.Popen(
+            [sys.executable, str(script), *argv],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(child)
+        return child
+
+    yield start_process
+    for child in started:
+        child.kill()
+        child.wait()
+        for pipe in (child.stdin, child.stdout, child.stderr):
+            pipe.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_an_orderly_stop(start, number: signal.Signals) -> None:
+    child = start(UNTIL_STOPPED, "--number", "7")
+    assert announced_address(child.stdout.readline()) == "here:7"
+    child.send_signal(number)
+    assert child.wait(60) == 0
+
+
+def test_a_closed_lifeline_is_an_orderly_stop(start) -> None:
+    child = start(UNTIL_STOPPED, "--lifeline")
+    child.stdout.readline()
+    child.stdin.close()
+    assert child.wait(60) == 0
+
+
+def test_without_lifeline_a_closed_input_means_nothing(start) -> None:
+    child = start(UNTIL_STOPPED)
+    child.stdin.close()
+    child.stdout.readline()
+    child.terminate()
+    assert child.wait(60) == 0
+
+
+def test_a_process_that_does_not_stop_exits_hard_after_its_lifeline(start) -> None:
+    child = start(
+        """
+process.LIFELINE_GRACE_S = 0.1
+
+async def main(config, stop):
+    process.announce("here:1")
+    time.sleep(60)
+""",
+        "--lifeline",
+    )
+    child.stdout.readline()
+    child.stdin.close()
+    assert child.wait(60) == 1
+    assert "exiting hard" in child.stderr.read()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        """
+async def main(config, stop):
+    raise ConfigError("the moon is not full")
+""",
+        """
+async def fail():
+    raise ConfigError("the moon is not full")
+
+async def main(config, stop):
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fail())
+""",
+    ],
+    ids=["raised", "in a task group"],
+)
+def test_an_error_for_users_is_one_sentence(start, body: str) -> None:
+    child = start(body)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert errors.count("\n") == 1
+    assert "the moon is not full" in errors
+
+
+def test_any_other_error_keeps_its_traceback(start) -> None:
+    child = start("async def main(config, stop):\n    1 / 0\n")
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert "ZeroDivisionError" in errors
+
+
+def test_a_wrong_flag_exits_with_2(start) -> None:
+    child = start(UNTIL_STOPPED, "--numbre", "7")
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 2
+    assert "--numbre" in errors
+
+
+def test_only_announcements_hold_an_address() -> None:
+    assert announced_address("listening 127.0.0.1:80\n") == "127.0.0.1:80"
+    assert announced_address("[Gloo] Rank 0 is connected\n") is None

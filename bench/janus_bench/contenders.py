@@ -40,6 +40,7 @@ class ContenderConfig:
     name: str
     """`transformers`, `local` or `gloo`."""
     checkpoint: str
+    """Model folder."""
     dtype: str
     """`bf16` or `fp32`."""
     threads: int
@@ -47,6 +48,7 @@ class ContenderConfig:
     experts_implementation: str = ""
     """Of transformers."""
     lanes: int = 1
+    """Micro-batches of Janus' steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,7 +165,6 @@ class _Janus(_Runner):
             token_ids=tuple(map(tuple, outputs.values())),
         )
 
-
     def _step(self, outputs: dict[str, list[int]]) -> None:
         for output in self._engine.step(self.pool):
             outputs[output.request_id].append(output.token_id)
@@ -224,9 +225,7 @@ def _expert_worker(config: ContenderConfig, group: GroupConfig, threads: int) ->
 
 def _expert_runner(checkpoint: Checkpoint, dtype: str) -> ExpertRunner:
     spec = checkpoint.spec
-    placement = round_robin(
-        moe_layers=spec.moe_layers, num_experts=spec.num_experts, num_workers=1
-    )
+    placement = round_robin(moe_layers=spec.moe_layers, num_experts=spec.num_experts, num_workers=1)
     with WeightReader(checkpoint, dtype=DTYPES[dtype], device=_CPU) as reader:
         return ExpertRunner(spec, load_layers(reader, placement, 0))
 

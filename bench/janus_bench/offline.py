@@ -149,9 +149,7 @@ def _row(
 ) -> dict[str, Any]:
     prefill = [batch * config.prompt_tokens / timing.prefill_s for timing in timings]
     decode = [batch * (config.new_tokens - 1) / timing.decode_s for timing in timings]
-    whole = [
-        batch * config.new_tokens / (timing.prefill_s + timing.decode_s) for timing in timings
-    ]
+    whole = [batch * config.new_tokens / (timing.prefill_s + timing.decode_s) for timing in timings]
     pairs = [
         ours == theirs
         for one, other in zip(timings[-1].token_ids, reference.token_ids, strict=True)

@@ -85,12 +85,9 @@ class BlockAllocator:
             assert all(self._allocated[start:end]), f"{start} to {end} are not all allocated"
             self._allocated[start:end] = bytes(count)
             self._num_free += count
-            if start in self._start_of:
-                start = self._start_of.pop(start)
-                del self._end_of[start]
-            if end in self._end_of:
-                end = self._end_of.pop(end)
-                del self._start_of[end]
+            # The neighbours' outer ends become those of the joined run.
+            start = self._start_of.pop(start, start)
+            end = self._end_of.pop(end, end)
             self._add_run(start, end)
 
     def check_integrity(self) -> None:

@@ -49,7 +49,9 @@ def expert_runners(
 
 def local_pool(folder: Path, num_workers: int, dtype: torch.dtype = torch.float32) -> ExpertPool:
     """All expert workers in this process."""
-    return LocalExpertPool([runner.partial for runner in expert_runners(folder, num_workers, dtype)])
+    return LocalExpertPool(
+        [runner.partial for runner in expert_runners(folder, num_workers, dtype)]
+    )
 
 
 def greedy_decode(
@@ -87,9 +89,7 @@ def greedy_decode(
     )
     for index, prompt in enumerate(prompts):
         params = SamplingParams(max_tokens=num_new, temperature=0.0)
-        batcher.add(
-            RequestSequence(request_id=str(index), prompt_ids=tuple(prompt), params=params)
-        )
+        batcher.add(RequestSequence(request_id=str(index), prompt_ids=tuple(prompt), params=params))
     decoded = [Decoded() for _ in prompts]
     while (plan := batcher.plan()) is not None:
         logits_BV = runner.forward(plan, pool)

@@ -39,6 +39,12 @@ def test_replicas_take_turns() -> None:
     assert placement.layers[0].tolist() == [[0, 2, 1], [1, 3, 2]]
 
 
+def test_replicas_are_spread_evenly() -> None:
+    placement = round_robin(moe_layers=(0, 1), num_experts=4, num_workers=3, slots_per_worker=3)
+    for layer in (0, 1):
+        assert sorted(map(len, placement.replicas(layer, 4))) == [2, 2, 2, 3]
+
+
 def test_a_worker_never_needs_more_slots_than_experts() -> None:
     placement = round_robin(moe_layers=(0,), num_experts=2, num_workers=2, slots_per_worker=4)
     assert placement.layers[0].tolist() == [[0, 1, EMPTY, EMPTY], [1, 0, EMPTY, EMPTY]]

@@ -13,8 +13,6 @@ from typing import Protocol
 
 import torch
 
-from janus_server.comm.config import MAX_LANES as MAX_LANES
-
 PartialFfn = Callable[[int, torch.Tensor], torch.Tensor]
 """(layer, hidden_TH) -> partial_TH: one expert worker's share of an MoE layer, dtype of hidden."""
 

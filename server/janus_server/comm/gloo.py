@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 
 from janus_server.comm.base import (
-    MAX_LANES,
     DispatchHandle,
     PartialFfn,
     PendingTransfer,
     sum_partials,
 )
+from janus_server.comm.config import MAX_LANES
 from janus_server.comm.sequencing import Announcement, StepLayout, StepSequencer
 from janus_server.errors import PeerLostError
 
@@ -41,9 +41,13 @@ class GroupConfig:
     store_address: str
     """HOST:PORT of the TCP store."""
     prefix: str
+    """Of the epoch's keys in the store."""
     rank: int
+    """Of this worker; attention workers come first."""
     num_attention: int
+    """Attention workers of the epoch."""
     num_experts: int
+    """Expert workers of the epoch."""
     timeout_s: float
     """Deadline of every wait for a peer."""
 
@@ -165,11 +169,12 @@ class GlooAttentionPool:
         self._leads = config.rank == config.expert_ranks[0]
         self._sequencer = StepSequencer(range(config.num_attention))
         self._heard: queue.Queue[tuple[int, list[int] | PeerLostError]] = queue.Queue()
-        if self._leads:
-            for rank in range(config.num_attention):
-                threading.Thread(
-                    target=self._listen, args=(rank,), name=f"listen-{rank}", daemon=True
-                ).start()
+        self._listeners = [
+            threading.Thread(target=self._listen, args=(rank,), name=f"listen-{rank}", daemon=True)
+            for rank in range(config.num_attention if self._leads else 0)
+        ]
+        for listener in self._listeners:
+            listener.start()
 
     def serve(self, ffn: PartialFfn, layers: Sequence[int]) -> None:
         """Run steps over the MoE `layers` until every attention worker has closed.
@@ -178,6 +183,8 @@ class GlooAttentionPool:
         """
         while (layout := self._next_step()) is not None:
             self._run_step(layout, ffn, layers)
+        for listener in self._listeners:
+            listener.join(self._config.timeout_s)
 
     def _run_step(self, layout: StepLayout, ffn: PartialFfn, layers: Sequence[int]) -> None:
         units = [

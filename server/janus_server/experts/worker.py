@@ -69,33 +69,40 @@ async def _serve_epoch(
     control.expert_load = lambda: expert_load(runner)
     control.set_ready(epoch.number)
     logger.info("%s serves epoch %d", worker_id, epoch.number)
-    steps = _start_steps(pool, runner, checkpoint.spec.moe_layers)
+    steps = _Steps(pool, runner, checkpoint.spec.moe_layers)
     try:
-        await asyncio.shield(steps)
-    except asyncio.CancelledError:
+        await asyncio.shield(steps.done)
+    finally:
         # The attention workers say when no step follows: leaving earlier would cut one short.
-        await asyncio.wait({steps}, timeout=_CLOSE_GRACE_S)
-        raise
+        await asyncio.to_thread(steps.thread.join, _CLOSE_GRACE_S)
 
 
-def _start_steps(
-    pool: GlooAttentionPool, runner: ExpertRunner, moe_layers: Sequence[int]
-) -> asyncio.Future[None]:
-    loop = asyncio.get_running_loop()
-    steps: asyncio.Future[None] = loop.create_future()
+class _Steps:
+    """The thread that runs the epoch's steps."""
 
-    def serve() -> None:
+    def __init__(
+        self, pool: GlooAttentionPool, runner: ExpertRunner, moe_layers: Sequence[int]
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.done: asyncio.Future[None] = self._loop.create_future()
+        # Its failure is logged; that nobody may be waiting for it any more is no second one.
+        self.done.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # A daemon: a peer that hangs must not keep this process from ending.
+        self.thread = threading.Thread(
+            target=self._run, args=(pool, runner, moe_layers), name="steps", daemon=True
+        )
+        self.thread.start()
+
+    def _run(
+        self, pool: GlooAttentionPool, runner: ExpertRunner, moe_layers: Sequence[int]
+    ) -> None:
         try:
             with torch.inference_mode():
                 pool.serve(runner.partial, moe_layers)
-            loop.call_soon_threadsafe(steps.set_result, None)
+            self._loop.call_soon_threadsafe(self.done.set_result, None)
         except Exception as error:
             logger.error("the expert worker stopped: %s", error)
-            loop.call_soon_threadsafe(steps.set_exception, error)
-
-    # A daemon: a peer that hangs must not keep this process from ending.
-    threading.Thread(target=serve, name="steps", daemon=True).start()
-    return steps
+            self._loop.call_soon_threadsafe(self.done.set_exception, error)
 
 
 def expert_load(runner: ExpertRunner) -> control_pb2.ExpertLoad:

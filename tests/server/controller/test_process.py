@@ -109,7 +109,9 @@ from janus_server.supervisor import Supervisor
 
 async def main():
     supervisor = Supervisor(hurry=asyncio.Event())
-    child = await supervisor.spawn("controller", "janus_server.controller", sys.argv[1:], announces=True)
+    child = await supervisor.spawn(
+        "controller", "janus_server.controller", sys.argv[1:], announces=True
+    )
     await child.address()
     print(child.pid, flush=True)
     await asyncio.sleep(600)

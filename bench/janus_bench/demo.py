@@ -1,0 +1,245 @@
+"""`janus demo`: serve the bundled checkpoint and stream several prompts at once."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc.aio
+import uvloop
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from janus_proto.v1 import control_pb2, inference_pb2
+from janus_proto.v1.control_pb2_grpc import ControlServiceStub
+from janus_proto.v1.inference_pb2_grpc import InferenceServiceStub
+from janus_server.cluster import running_cluster
+from janus_server.cluster_plan import check_config
+from janus_server.command_line import parse
+from janus_server.config import ServeConfig
+from janus_server.controller.config import PoolConfig
+from janus_server.endpoint.config import AdmissionConfig
+from janus_server.errors import UnavailableError
+from janus_server.grpc_server import channel_options
+from janus_server.launch import describe_worker, startup_progress
+from janus_server.model.config import ModelConfig
+from janus_server.telemetry import configure_logging
+
+DEMO_CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
+"""A Qwen3-MoE of 6 M parameters trained by train_demo.py on the standard library's text."""
+
+PROMPTS = (
+    "class Queue:\n",
+    "def read_lines(path):\n",
+    "import ",
+    "The following functions",
+    "    def __init__(self",
+    "try:\n",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """Serve the bundled checkpoint on this machine and stream several prompts at once.
+
+    Starts one endpoint, one controller, 1 attention worker and 2 expert workers as separate
+    processes, prints what they generate and a table of what it took, and ends them again.
+    """
+
+    checkpoint: str = str(DEMO_CHECKPOINT)
+    """Model folder to serve instead."""
+
+    attention_workers: int = 1
+    """Attention workers."""
+
+    expert_workers: int = 2
+    """Expert workers."""
+
+    max_tokens: int = 96
+    """Tokens to generate for each prompt."""
+
+    temperature: float = 0.7
+    """0 takes the most likely token."""
+
+    seed: int = 0
+    """Of the first prompt; the others count up from it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Stream:
+    """One prompt and what has become of it."""
+
+    prompt: str
+    text: str = ""
+    start_s: float = 0.0
+    first_s: float = 0.0
+    end_s: float = 0.0
+    usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)
+
+    @property
+    def tpot_ms(self) -> float:
+        return 1e3 * (self.end_s - self.first_s) / max(self.usage.completion_tokens - 1, 1)
+
+
+def command(argv: Sequence[str]) -> int:
+    """Serve the bundled checkpoint and stream some prompts: see it work in a minute."""
+    demo = parse(DemoConfig, argv, prog="janus demo")
+    configure_logging("demo", "WARNING")
+    config = ServeConfig(
+        model=ModelConfig(checkpoint=demo.checkpoint),
+        pools=PoolConfig(
+            attention_workers=demo.attention_workers, expert_workers=demo.expert_workers
+        ),
+        admission=AdmissionConfig(listen="127.0.0.1:0"),
+    )
+    check_config(config)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_demo(demo, config, Console()))
+    return 0
+
+
+async def _demo(demo: DemoConfig, config: ServeConfig, console: Console) -> None:
+    streams = [_Stream(prompt=prompt) for prompt in PROMPTS]
+    with startup_progress(config) as advance, Path("/dev/null").open("wb") as nowhere:
+
+        def on_worker_ready(worker: control_pb2.Worker) -> None:
+            console.print(describe_worker(worker), highlight=False)
+            advance()
+
+        cluster_context = running_cluster(config, on_worker_ready=on_worker_ready, stderr=nowhere)
+        cluster = await cluster_context.__aenter__()
+        advance()
+    try:
+        console.print(f"ready {cluster.address}: {len(streams)} prompts at once", highlight=False)
+        await cluster.unless_failed(_generate_all(demo, cluster.address, streams, console))
+        loads = await _expert_loads(cluster.controller)
+    finally:
+        await cluster_context.__aexit__(None, None, None)
+    console.print(_request_table(streams), _expert_table(loads))
+    console.print("all processes have ended")
+
+
+async def _generate_all(
+    demo: DemoConfig, address: str, streams: Sequence[_Stream], console: Console
+) -> None:
+    async with grpc.aio.insecure_channel(address, options=channel_options()) as channel:
+        with _shown(streams, console) as refresh:
+            await asyncio.gather(
+                *(
+                    _generate(demo, channel, stream, demo.seed + index, refresh)
+                    for index, stream in enumerate(streams)
+                )
+            )
+
+
+async def _generate(
+    demo: DemoConfig, channel: grpc.aio.Channel, stream: _Stream, seed: int, refresh: "_Refresh"
+) -> None:
+    request = inference_pb2.GenerateRequest(
+        text=stream.prompt,
+        sampling=inference_pb2.SamplingParams(
+            temperature=demo.temperature, max_tokens=demo.max_tokens, seed=seed, top_p=0.95
+        ),
+    )
+    stream.start_s = time.perf_counter()
+    try:
+        async for response in InferenceServiceStub(channel).Generate(request, timeout=120):
+            if response.token_ids and not stream.first_s:
+                stream.first_s = time.perf_counter()
+            stream.text += response.text
+            stream.usage = response.usage
+            refresh(stream)
+    except grpc.aio.AioRpcError as error:
+        raise UnavailableError(f"the endpoint failed: {error.details()}") from None
+    stream.end_s = time.perf_counter()
+
+
+class _Refresh:
+    """Shows streams as they grow: panels on a terminal, whole lines elsewhere."""
+
+    def __init__(self, streams: Sequence[_Stream], console: Console, live: Live | None) -> None:
+        self._streams = streams
+        self._console = console
+        self._live = live
+        self._shown = [0] * len(streams)
+
+    def __call__(self, stream: _Stream) -> None:
+        if self._live is not None:
+            self._live.update(self.panels(lines=4))
+            return
+        index = next(i for i, one in enumerate(self._streams) if one is stream)
+        whole = stream.prompt + stream.text
+        end = len(whole) if stream.usage.completion_tokens else whole.rfind("\n") + 1
+        for line in whole[self._shown[index] : end].splitlines():
+            self._console.print(f"[{index + 1}] {line}", markup=False, highlight=False)
+        self._shown[index] = max(end, self._shown[index])
+
+    def panels(self, *, lines: int | None = None) -> Group:
+        """Every stream in a panel, its last `lines` lines or all."""
+        return Group(
+            *(
+                Panel(_tail(stream, lines), title=f"[{index + 1}]", title_align="left")
+                for index, stream in enumerate(self._streams)
+            )
+        )
+
+
+def _tail(stream: _Stream, lines: int | None) -> Text:
+    text = Text(stream.prompt, style="bold") + Text(stream.text)
+    kept = text.split("\n", allow_blank=True)
+    return Text("\n").join(kept[-lines:] if lines else kept)
+
+
+@contextmanager
+def _shown(streams: Sequence[_Stream], console: Console) -> Iterator[_Refresh]:
+    if not console.is_terminal:
+        yield _Refresh(streams, console, None)
+        return
+    with Live(console=console, refresh_per_second=12, transient=True) as live:
+        refresh = _Refresh(streams, console, live)
+        yield refresh
+    console.print(refresh.panels())
+
+
+async def _expert_loads(controller: str) -> control_pb2.GetExpertLoadsResponse:
+    async with grpc.aio.insecure_channel(controller, options=channel_options()) as channel:
+        return await ControlServiceStub(channel).GetExpertLoads(
+            control_pb2.GetExpertLoadsRequest(), timeout=10
+        )
+
+
+def _request_table(streams: Sequence[_Stream]) -> Table:
+    tokens = sum(stream.usage.completion_tokens for stream in streams)
+    seconds = max(stream.end_s for stream in streams) - min(stream.start_s for stream in streams)
+    table = Table(title=f"{tokens / seconds:.0f} tokens/s over all requests")
+    for name in ("request", "prompt tokens", "new tokens", "TTFT ms", "TPOT ms", "tokens/s"):
+        table.add_column(name, justify="right")
+    for index, stream in enumerate(streams):
+        table.add_row(
+            str(index + 1),
+            str(stream.usage.prompt_tokens),
+            str(stream.usage.completion_tokens),
+            f"{1e3 * (stream.first_s - stream.start_s):.0f}",
+            f"{stream.tpot_ms:.1f}",
+            f"{stream.usage.completion_tokens / (stream.end_s - stream.start_s):.0f}",
+        )
+    return table
+
+
+def _expert_table(loads: control_pb2.GetExpertLoadsResponse) -> Table:
+    table = Table(title="per MoE layer and step")
+    for name in ("expert worker", "activated experts", "tokens x experts"):
+        table.add_column(name, justify="right")
+    for one in loads.loads:
+        units = max(one.load.num_layer_steps, 1)
+        table.add_row(
+            one.worker_id,
+            f"{one.load.num_activated_experts / units:.1f}",
+            f"{one.load.num_token_pairs / units:.1f}",
+        )
+    return table

@@ -1,0 +1,152 @@
+"""Rules of the house style that no linter holds."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {
+    "server/janus_server",
+    "kernels/janus_kernels",
+    "scheduler/janus_scheduler",
+    "proto/janus_proto",
+    "bench/janus_bench",
+}
+GENERATED = re.compile(r"_pb2(_grpc)?\.py$")
+SOURCES = sorted(
+    path
+    for top in PACKAGES
+    for path in (ROOT / top).rglob("*.py")
+    if not GENERATED.search(path.name)
+)
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize(("paths", "limit"), [(SOURCES, 400), (TESTS, 500)])
+def test_files_are_short(paths: list[Path], limit: int) -> None:
+    assert paths
+    assert [path for path in paths if len(path.read_text().splitlines()) > limit] == []
+
+
+def test_functions_are_short() -> None:
+    def limit(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+        jitted = any("triton.jit" in ast.unparse(one) for one in function.decorator_list)
+        return 120 if jitted else 50
+
+    long = [
+        f"{path.relative_to(ROOT)}:{function.name}"
+        for path in SOURCES
+        for function in functions(path)
+        if (function.end_lineno or 0) - function.lineno + 1 > limit(function)
+    ]
+    assert long == []
+
+
+def test_no_drawer_for_everything() -> None:
+    drawers = re.compile(r"(common|helpers?|utils?|misc)(\.py)?$")
+    assert [path for path in SOURCES if any(drawers.fullmatch(part) for part in path.parts)] == []
+
+
+def test_only_packages_beside_packages() -> None:
+    for package in PACKAGES:
+        loose = [path.name for path in (ROOT / package).parent.glob("*.py")]
+        assert loose == []
+
+
+def test_environment_is_read_nowhere() -> None:
+    readers = re.compile(r"\bos\.(environ|getenv)\b")
+    assert [path for path in SOURCES if readers.search(path.read_text())] == []
+
+
+def test_no_pickle_and_no_remote_code() -> None:
+    loaders = re.compile(r"import (pickle|dill)\b|\btorch\.load\b|trust_remote_code")
+    assert [path for path in SOURCES if loaders.search(path.read_text())] == []
+
+
+def test_broad_except_only_where_a_worker_ends() -> None:
+    allowed = {"engine_thread.py", "worker.py"}
+    broad = re.compile(r"except (Base)?Exception\b|except:")
+    offenders = {path.name for path in SOURCES if broad.search(path.read_text())}
+    assert offenders <= allowed
+
+
+def config_classes() -> Iterator[ast.ClassDef]:
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+                decorators = " ".join(ast.unparse(one) for one in node.decorator_list)
+                if "dataclass" in decorators:
+                    assert "frozen=True, kw_only=True, slots=True" in decorators, node.name
+                    yield node
+
+
+def test_every_config_field_says_what_it_means() -> None:
+    classes = list(config_classes())
+    assert len(classes) > 8
+    silent = []
+    for node in classes:
+        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign) and "Config" not in ast.unparse(field.annotation):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                if not documented:
+                    silent.append(f"{node.name}.{ast.unparse(field.target)}")
+    assert silent == []
+
+
+@pytest.mark.parametrize(
+    "module", ["config", "launch", "cli", "generate", "endpoint.service", "model.checkpoint"]
+)
+def test_imports_without_torch(module: str) -> None:
+    script = f"import sys, janus_server.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
+
+
+def test_generated_protos_are_up_to_date(tmp_path: Path) -> None:
+    protoc = importlib.import_module("grpc_tools.protoc")
+    protos = sorted((ROOT / "proto").rglob("*.proto"))
+    outputs = ("python_out", "grpc_python_out", "mypy_out", "mypy_grpc_out")
+    options = [f"--{name}={'quiet:' if 'mypy' in name else ''}{tmp_path}" for name in outputs]
+    bin_folder = Path(sys.executable).parent
+    plugins = [
+        f"--plugin=protoc-gen-{name}={bin_folder / f'protoc-gen-{name}'}"
+        for name in ("mypy", "mypy_grpc")
+    ]
+    arguments = ["protoc", f"-I{ROOT / 'proto'}", *plugins, *options, *map(str, protos)]
+    assert protoc.main(arguments) == 0
+    generated = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(generated) == 4 * len(protos)
+    for path in generated:
+        committed = ROOT / "proto" / path.relative_to(tmp_path)
+        assert committed.read_text() == path.read_text(), f"run `make proto`: {committed.name}"
+
+
+def test_the_repository_speaks_of_the_project_alone() -> None:
+    machine_paths = re.compile(r"(?<![\w.])/(work|root|tmp)/[A-Za-z]|\.\./shared")
+    files = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "*.py", "*.md", "*.toml", "*.proto", "Makefile"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=10,
+    ).stdout.split()
+    own = Path(__file__).relative_to(ROOT).as_posix()
+    offenders = [
+        name
+        for name in files
+        if name != own
+        and (ROOT / name).exists()
+        and machine_paths.search((ROOT / name).read_text())
+    ]
+    assert offenders == []

@@ -1,0 +1,66 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from janus_kernels.grouped_gemm import expert_ffn
+from janus_kernels.linear import linear, pack_weight
+
+
+def pack_all(weights: torch.Tensor) -> list[torch.Tensor]:
+    return [pack_weight(weight) for weight in weights]
+
+
+def test_worked_by_hand() -> None:
+    # One hidden value, one intermediate: expert c computes down * silu(gate * x) * up * x.
+    x_TH = torch.tensor([[1.0], [2.0]])
+    gate_up = torch.tensor([[[1.0], [3.0]], [[1.0], [5.0]]])
+    down = torch.tensor([[[2.0]], [[1.0]]])
+    slots_TK = torch.tensor([[0, -1], [1, 0]])
+    weights_TK = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    silu_1, silu_2 = (value / (1 + torch.tensor(-value).exp()) for value in (1.0, 2.0))
+    partial_TH, tokens_C = expert_ffn(x_TH, slots_TK, weights_TK, pack_all(gate_up), pack_all(down))
+    expected = [0.5 * 2 * silu_1 * 3, 0.25 * silu_2 * 10 + 0.75 * 2 * silu_2 * 6]
+    torch.testing.assert_close(partial_TH.flatten(), torch.stack(expected))
+    assert tokens_C.tolist() == [2, 1]
+
+
+def test_nothing_for_this_worker() -> None:
+    weights = pack_all(torch.ones(1, 4, 2))
+    partial_TH, tokens_C = expert_ffn(
+        torch.ones(3, 2), torch.full((3, 2), -1), torch.ones(3, 2), weights, weights
+    )
+    assert partial_TH.eq(0).all()
+    assert tokens_C.tolist() == [0]
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(
+    num_tokens=st.integers(1, 9),
+    num_slots=st.integers(1, 5),
+    top_k=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_equals_one_token_at_a_time(num_tokens: int, num_slots: int, top_k: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    hidden, wide = 6, 4
+    x_TH = torch.randn(num_tokens, hidden, generator=generator)
+    gate_up = torch.randn(num_slots, 2 * wide, hidden, generator=generator)
+    down = torch.randn(num_slots, hidden, wide, generator=generator)
+    slots_TK = torch.randint(-1, num_slots, (num_tokens, top_k), generator=generator)
+    weights_TK = torch.rand(num_tokens, top_k, generator=generator)
+    partial_TH, tokens_C = expert_ffn(x_TH, slots_TK, weights_TK, pack_all(gate_up), pack_all(down))
+    expected_TH = torch.zeros(num_tokens, hidden)
+    for token, (slots, weights) in enumerate(zip(slots_TK, weights_TK, strict=True)):
+        for slot, weight in zip(slots.tolist(), weights, strict=True):
+            if slot >= 0:
+                gate, up = (gate_up[slot] @ x_TH[token]).chunk(2)
+                expected_TH[token] += weight * (down[slot] @ (torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(partial_TH, expected_TH, rtol=1e-4, atol=1e-4)
+    assert tokens_C.tolist() == [(slots_TK == slot).sum() for slot in range(num_slots)]
+
+
+def test_packed_linear_equals_plain_linear() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, bias = (torch.randn(*s).to(dtype) for s in ((5, 24), (17, 24), (17,)))
+        expected = torch.nn.functional.linear(x, weight, bias)
+        torch.testing.assert_close(linear(x, pack_weight(weight), bias), expected)

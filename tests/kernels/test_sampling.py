@@ -1,0 +1,68 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from janus_kernels.sampling import filtered_probs, greedy, sample, top_logprobs
+
+
+def test_filters_by_hand() -> None:
+    logits_V = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    probs, ids = filtered_probs(logits_V, temperature=1.0, top_k=3, top_p=0.5, min_p=0.0)
+    # Of 4/9, 3/9, 2/9 the first two reach one half.
+    assert ids.tolist() == [1, 3]
+    torch.testing.assert_close(probs, torch.tensor([4 / 7, 3 / 7]))
+    probs, ids = filtered_probs(logits_V, temperature=1.0, top_k=0, top_p=1.0, min_p=0.6)
+    assert ids.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 7), (0.24, 7), (0.25, 5), (0.999, 5)])
+def test_sample_inverts_the_cumulative_distribution(uniform: float, expected: int) -> None:
+    assert sample(torch.tensor([0.25, 0.75]), torch.tensor([7, 5]), uniform) == expected
+
+
+def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
+    assert greedy(torch.tensor([[1.0, 3.0, 3.0]])).tolist() == [1]
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_k=st.sampled_from([0, 1, 5, 49, 50, 60]),
+    top_p=st.sampled_from([0.01, 0.5, 0.95, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.9, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_warpers_of_transformers(
+    temperature: float, top_k: int, top_p: float, min_p: float, seed: int
+) -> None:
+    logits_V = 3 * torch.randn(50, generator=torch.Generator().manual_seed(seed))
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(MinPLogitsWarper(min_p))
+    expected_V = warpers(torch.zeros(1, 1, dtype=torch.long), logits_V[None])[0].softmax(-1)
+    probs, ids = filtered_probs(
+        logits_V, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    ours_V = torch.zeros(50).index_put((ids,), probs)
+    torch.testing.assert_close(ours_V, expected_V, rtol=1e-4, atol=1e-6)
+
+
+def test_top_logprobs() -> None:
+    logits_BV = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.2, 0.3]]).log()
+    first, second = top_logprobs(logits_BV, torch.tensor([0, 0]), [2, 0])
+    assert first[0] == pytest.approx(torch.tensor(0.1).log().item())
+    assert first[1] == [1, 2]
+    assert first[2] == pytest.approx(torch.tensor([0.6, 0.3]).log().tolist())
+    assert second[1:] == ([], [])

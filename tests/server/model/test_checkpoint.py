@@ -1,0 +1,166 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from janus_server.errors import CheckpointError
+from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.weights import WeightReader
+from tests.conftest import CheckpointFactory
+from tests.fakes.checkpoints import write_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(make_checkpoint: CheckpointFactory, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(make_checkpoint(), tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "sharded", max_shard_size="200KB")
+    return tmp_path / "sharded"
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def test_opens_what_transformers_wrote(folder: Path) -> None:
+    spec = Checkpoint.open(folder).spec
+    assert (spec.num_layers, spec.moe_layers) == (3, (0, 1, 2))
+    assert (spec.num_experts, spec.top_k, spec.norm_topk_prob) == (6, 2, True)
+    assert spec.rope_theta == 10_000.0
+
+
+def test_a_sharded_checkpoint_reads_the_same(folder: Path, sharded: Path) -> None:
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    one, many = Checkpoint.open(folder), Checkpoint.open(sharded)
+    assert one.spec == many.spec
+    with (
+        WeightReader(one, dtype=torch.float32, device=CPU) as ours,
+        WeightReader(many, dtype=torch.float32, device=CPU) as theirs,
+    ):
+        for name in one.shards:
+            assert torch.equal(ours.read(name), theirs.read(name))
+
+
+def test_a_worker_opens_only_the_shards_of_its_own_tensors(sharded: Path) -> None:
+    checkpoint = Checkpoint.open(sharded)
+    name = "model.layers.2.mlp.experts.5.down_proj.weight"
+    for path in set(checkpoint.shards.values()) - {checkpoint.shards[name]}:
+        path.unlink()
+    with WeightReader(checkpoint, dtype=torch.bfloat16, device=CPU) as reader:
+        assert reader.read(name).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(None, ()), (3, (3,)), ([3, 5], (3, 5))])
+def test_end_tokens_of_generation_config_win(
+    folder: Path, eos: object, expected: tuple[int, ...]
+) -> None:
+    edit_config(folder, eos_token_id=7)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert Checkpoint.open(folder).spec.eos_token_ids == (expected or (7,))
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint folder at"):
+        Checkpoint.open(tmp_path / "missing")
+
+
+def test_no_config(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot read .*config\.json: No such file"):
+        Checkpoint.open(tmp_path)
+
+
+def test_config_that_is_no_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        Checkpoint.open(folder)
+
+
+def test_unknown_family(folder: Path) -> None:
+    edit_config(folder, model_type="llama")
+    with pytest.raises(CheckpointError, match="family 'llama'; served are qwen3_moe"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hidden_size": None}, "has no 'hidden_size'"),
+        ({"hidden_size": "64"}, "hidden_size must be a positive integer, not '64'"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, more than num_experts 6"),
+        ({"num_key_value_heads": 3}, "is no multiple of num_key_value_heads 3"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not served"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not served"),
+        ({"use_sliding_window": True}, "use_sliding_window is not served"),
+    ],
+)
+def test_config_that_cannot_be_served(
+    folder: Path, changes: dict[str, object], sentence: str
+) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=sentence):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden_size": 32}, {"moe_intermediate_size": 16}, {"num_attention_heads": 2}],
+)
+def test_config_that_contradicts_the_tensors(folder: Path, changes: dict[str, object]) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=r"config\.json and tensors disagree: model\."):
+        Checkpoint.open(folder)
+
+
+def test_config_with_more_experts_than_there_are(folder: Path) -> None:
+    edit_config(folder, num_local_experts=8)
+    with pytest.raises(CheckpointError, match=r"lacks 18 of the .* first being .*experts\.6\."):
+        Checkpoint.open(folder)
+
+
+def test_missing_shard(sharded: Path) -> None:
+    (sharded / "model-00002-of-00004.safetensors").unlink(missing_ok=True)
+    next(iter(sorted(sharded.glob("*.safetensors")))).unlink()
+    with pytest.raises(CheckpointError, match=r"the shard model-0000.* is missing"):
+        Checkpoint.open(sharded)
+
+
+def test_shard_outside_the_folder(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    value["weight_map"]["lm_head.weight"] = "../model.safetensors"
+    index.write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match="names a shard outside its folder"):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 20_000])
+def test_truncated_safetensors(folder: Path, keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        Checkpoint.open(folder)
+
+
+def test_no_pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="other weight formats are not read"):
+        Checkpoint.open(folder)
+
+
+def test_integer_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="stored as I8; F32, BF16 and F16 are read"):
+        Checkpoint.open(folder)

@@ -1,6 +1,7 @@
 """Random-weight checkpoints, written by transformers, to measure and to test with."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -24,7 +25,7 @@ BENCH_MODEL = {
 
 
 def write_random_checkpoint(
-    folder: Path, config: dict[str, object], *, seed: int = 0, max_shard_size: str = "5GB"
+    folder: Path, config: dict[str, Any], *, seed: int = 0, max_shard_size: str = "5GB"
 ) -> None:
     """Write a Qwen3-MoE of these `Qwen3MoeConfig` values with random weights."""
     transformers_logging.disable_progress_bar()

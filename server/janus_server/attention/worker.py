@@ -92,8 +92,12 @@ async def _serve_epoch(
     def publish(result: StepResult) -> None:
         loop.call_soon_threadsafe(service.publish, result)
 
+    def fail(error: Exception) -> None:
+        if not failure.done():  # as it is once this worker was told to stop
+            failure.set_exception(error)
+
     def failed(error: Exception) -> None:
-        loop.call_soon_threadsafe(failure.set_exception, error)
+        loop.call_soon_threadsafe(fail, error)
 
     engine = await asyncio.to_thread(load)
     epoch = await wait_for_epoch(control, timeout_s=config.comm.startup_timeout_s)

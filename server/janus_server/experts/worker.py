@@ -96,13 +96,22 @@ class _Steps:
     def _run(
         self, pool: GlooAttentionPool, runner: ExpertRunner, moe_layers: Sequence[int]
     ) -> None:
+        error: Exception | None = None
         try:
             with torch.inference_mode():
                 pool.serve(runner.partial, moe_layers)
-            self._loop.call_soon_threadsafe(self.done.set_result, None)
-        except Exception as error:
-            logger.error("the expert worker stopped: %s", error)
-            self._loop.call_soon_threadsafe(self.done.set_exception, error)
+        except Exception as caught:
+            logger.error("the expert worker stopped: %s", caught)
+            error = caught
+        self._loop.call_soon_threadsafe(self._finish, error)
+
+    def _finish(self, error: Exception | None) -> None:
+        if self.done.done():  # cancelled, as the worker was told to stop
+            return
+        if error is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(error)
 
 
 def expert_load(runner: ExpertRunner) -> control_pb2.ExpertLoad:

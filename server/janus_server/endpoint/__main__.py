@@ -1,0 +1,79 @@
+"""Start the endpoint: `python -m janus_server.endpoint`."""
+
+import asyncio
+import contextlib
+import sys
+from pathlib import Path
+
+from janus_server.comm.control_client import ControlClient
+from janus_server.endpoint.config import EndpointConfig
+from janus_server.endpoint.service import SERVICE_NAME, InferenceService, add_to_server
+from janus_server.endpoint.tokenizer import Tokenizer
+from janus_server.endpoint.workers import WorkerPool
+from janus_server.errors import ConfigError
+from janus_server.grpc_server import RunningServer, start_server
+from janus_server.model.checkpoint import Checkpoint
+from janus_server.process import announce, run
+
+_READINESS_POLL_S = 0.05
+_STOP_GRACE_S = 1.0
+
+
+async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
+    """Serve the public API until `stop`, then drain."""
+    checkpoint = Checkpoint.open(config.model.checkpoint)
+    if config.max_context > checkpoint.spec.max_context:
+        raise ConfigError(
+            f"--max-context {config.max_context} is more than the {checkpoint.spec.max_context} "
+            "positions of the model"
+        )
+    tokenizer = _load_tokenizer(checkpoint.path / "tokenizer.json")
+    control = ControlClient(config.controller)
+    pool = WorkerPool(control)
+    service = InferenceService(
+        checkpoint,
+        tokenizer,
+        pool,
+        max_context=config.max_context or checkpoint.spec.max_context,
+        max_requests=config.admission.max_requests,
+    )
+    server = await start_server(
+        lambda grpc_server: add_to_server(service, grpc_server),
+        [SERVICE_NAME],
+        config.admission.listen,
+    )
+    announce(server.address)
+    following = asyncio.create_task(pool.follow(), name="epochs")
+    publishing = asyncio.create_task(_publish_readiness(server, pool), name="readiness")
+    try:
+        await stop.wait()
+        publishing.cancel()
+        await server.set_serving(False)
+        await service.drain(config.admission.drain_timeout_s)
+    finally:
+        publishing.cancel()
+        await server.stop(_STOP_GRACE_S)
+        following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await following
+        await control.close()
+        if tokenizer is not None:
+            tokenizer.close()
+
+
+async def _publish_readiness(server: RunningServer, pool: WorkerPool) -> None:
+    published = False
+    while True:
+        if pool.is_ready != published:
+            published = pool.is_ready
+            await server.set_serving(published)
+        await asyncio.sleep(_READINESS_POLL_S)
+
+
+def _load_tokenizer(path: Path) -> Tokenizer | None:
+    # A checkpoint without one is served by token ids alone.
+    return Tokenizer(path) if path.exists() else None
+
+
+if __name__ == "__main__":
+    sys.exit(run("endpoint", EndpointConfig, main))

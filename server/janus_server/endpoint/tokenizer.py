@@ -1,0 +1,75 @@
+"""Text to token ids and back, with the checkpoint's own tokenizer.json."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import tokenizers
+
+from janus_server.errors import CheckpointError
+
+_NUM_THREADS = 2
+_MAX_UNFINISHED = 64
+"""Tokens that may wait for the rest of a character before they are taken for no text at all."""
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint; `close` it."""
+
+    def __init__(self, path: Path) -> None:
+        """Read tokenizer.json at `path`; raises CheckpointError where it is unusable."""
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise CheckpointError(f"{path} is not a usable tokenizer: {error}") from None
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
+
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, off the event loop: a long text takes long."""
+        loop = asyncio.get_running_loop()
+        encoding = await loop.run_in_executor(self._threads, self._tokenizer.encode, text)
+        ids: list[int] = encoding.ids
+        return ids
+
+    def detokenizer(self) -> "Detokenizer":
+        """A detokenizer for one stream."""
+        return Detokenizer(self._tokenizer)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+
+class Detokenizer:
+    """Turns the token ids of one stream into text, piece by piece.
+
+    Never emits half of a character; all pieces together are the decoding of all ids.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Decoding a token can depend on the one before (a leading space), so the last emitted
+        # tokens are decoded again as context of the new ones.
+        self._context: list[int] = []
+        self._unfinished: list[int] = []
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """Text that these ids completed."""
+        self._unfinished += token_ids
+        return self._emit(finish=False)
+
+    def finish(self) -> str:
+        """What is left, broken characters included."""
+        return self._emit(finish=True)
+
+    def _emit(self, *, finish: bool) -> str:
+        if not self._unfinished:
+            return ""
+        before = self._tokenizer.decode(self._context)
+        text = self._tokenizer.decode(self._context + self._unfinished)
+        is_whole = not text.endswith("\ufffd") or len(self._unfinished) > _MAX_UNFINISHED
+        if len(text) <= len(before) or not (is_whole or finish):
+            return ""
+        self._context, self._unfinished = self._unfinished, []
+        return text[len(before) :]

@@ -1,0 +1,158 @@
+"""Every bound of a request, in one place, so that all front ends hold the same ones.
+
+Each check raises InvalidRequestError with one sentence that names the field, its value and the
+bound. No check trusts what a client says of sizes.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from janus_proto.v1 import inference_pb2
+from janus_server.errors import InvalidRequestError
+
+MAX_TEMPERATURE = 100.0
+"""Beyond, every token is as likely as any other."""
+MAX_SEED = 2**63 - 1
+"""What an int64 holds."""
+MAX_STOP_STRINGS = 16
+"""Each is searched for in every delta."""
+MAX_STOP_CHARS = 256
+"""Characters of one stop string; text this long is held back while it may be matched."""
+MAX_STOP_TOKEN_IDS = 64
+"""Beside the model's own end tokens."""
+MAX_LOGPROBS = 20
+"""Most likely tokens reported at each position."""
+MAX_REQUEST_ID_CHARS = 128
+"""Characters of a request id."""
+MAX_CHARS_PER_TOKEN = 64
+"""A text longer than this times the context is refused before it is tokenized."""
+
+_REQUEST_ID = re.compile(r"[\w.:/-]+", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounds:
+    """What bounds a request on this endpoint, beside the constants above."""
+
+    vocab_size: int
+    max_context: int
+    """Prompt plus completion, in tokens."""
+    eos_token_ids: tuple[int, ...]
+    has_tokenizer: bool
+
+
+def check_request_id(request_id: str) -> None:
+    """Refuse ids that are long or would garble a log."""
+    if len(request_id) > MAX_REQUEST_ID_CHARS or not _REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequestError(
+            f"request_id must be 1 to {MAX_REQUEST_ID_CHARS} letters, digits or ._:/-"
+        )
+
+
+def check_text(text: str, bounds: Bounds) -> None:
+    """Refuse a prompt that cannot be tokenized, or is certainly longer than the context."""
+    if not bounds.has_tokenizer:
+        raise InvalidRequestError("this model has no tokenizer.json: send token ids, not text")
+    if len(text) > MAX_CHARS_PER_TOKEN * bounds.max_context:
+        raise InvalidRequestError(
+            f"the prompt has {len(text)} characters, more than "
+            f"{MAX_CHARS_PER_TOKEN * bounds.max_context} are certainly longer than the context"
+        )
+
+
+def check_prompt(prompt_ids: Sequence[int], bounds: Bounds) -> None:
+    """Refuse an empty prompt, one without room for a completion, and unknown token ids."""
+    if not prompt_ids:
+        raise InvalidRequestError("the prompt is empty: it needs at least one token")
+    if len(prompt_ids) >= bounds.max_context:
+        raise InvalidRequestError(
+            f"the prompt has {len(prompt_ids)} tokens; with at least one token to generate, the "
+            f"context holds prompts of up to {bounds.max_context - 1}"
+        )
+    _check_token_ids("the prompt", prompt_ids, bounds)
+
+
+def complete_sampling(
+    sampling: inference_pb2.SamplingParams, *, num_prompt_tokens: int, bounds: Bounds, seed: int
+) -> inference_pb2.SamplingParams:
+    """Fill in the defaults; `seed` where none is set. The model's end tokens join the stop ids.
+
+    An explicit max_tokens beyond what the context has left is refused rather than cut, so that
+    nobody takes a short answer for a finished one.
+    """
+    left = bounds.max_context - num_prompt_tokens
+    complete = inference_pb2.SamplingParams(
+        temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+        min_p=sampling.min_p,
+        seed=sampling.seed if sampling.HasField("seed") else seed,
+        max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else left,
+        stop=sampling.stop,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+    )
+    if sampling.HasField("logprobs"):
+        complete.logprobs = sampling.logprobs
+    if complete.max_tokens > left:
+        raise InvalidRequestError(
+            f"max_tokens is {complete.max_tokens}, but a prompt of {num_prompt_tokens} tokens "
+            f"leaves {left} of the {bounds.max_context} tokens of the context"
+        )
+    if not complete.ignore_eos:
+        complete.stop_token_ids.extend(bounds.eos_token_ids)
+    return complete
+
+
+def check_sampling(sampling: inference_pb2.SamplingParams, bounds: Bounds) -> None:
+    """Refuse values out of range; unset fields pass."""
+    _check_range("temperature", sampling.temperature, 0.0, MAX_TEMPERATURE)
+    # More than the vocabulary has is allowed and means all of it, as elsewhere.
+    _check_range("top_k", sampling.top_k, 0, 2**31 - 1)
+    _check_range("min_p", sampling.min_p, 0.0, 1.0)
+    _check_range("seed", sampling.seed, 0, MAX_SEED)
+    _check_range("logprobs", sampling.logprobs, 0, min(MAX_LOGPROBS, bounds.vocab_size))
+    if sampling.HasField("top_p"):
+        _check_range("top_p", sampling.top_p, 0.0, 1.0)
+        if sampling.top_p == 0.0:
+            raise InvalidRequestError("top_p is 0, which leaves no token; use temperature 0")
+    if sampling.HasField("max_tokens"):
+        _check_range("max_tokens", sampling.max_tokens, 1, bounds.max_context)
+    _check_stops(sampling, bounds)
+
+
+def _check_stops(sampling: inference_pb2.SamplingParams, bounds: Bounds) -> None:
+    if sampling.stop and not bounds.has_tokenizer:
+        raise InvalidRequestError(
+            "this model has no tokenizer.json: use stop_token_ids, not stop strings"
+        )
+    if len(sampling.stop) > MAX_STOP_STRINGS:
+        raise InvalidRequestError(
+            f"stop has {len(sampling.stop)} strings; up to {MAX_STOP_STRINGS} are allowed"
+        )
+    for stop in sampling.stop:
+        if not 1 <= len(stop) <= MAX_STOP_CHARS:
+            raise InvalidRequestError(
+                f"a stop string has {len(stop)} characters; 1 to {MAX_STOP_CHARS} are allowed"
+            )
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequestError(
+            f"stop_token_ids has {len(sampling.stop_token_ids)} ids; up to {MAX_STOP_TOKEN_IDS} "
+            "are allowed"
+        )
+    _check_token_ids("stop_token_ids", sampling.stop_token_ids, bounds)
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not math.isfinite(value) or not low <= value <= high:
+        raise InvalidRequestError(f"{name} is {value:g}; it must be from {low:g} to {high:g}")
+
+
+def _check_token_ids(where: str, ids: Sequence[int], bounds: Bounds) -> None:
+    largest = max(ids, default=0)
+    if largest >= bounds.vocab_size:
+        raise InvalidRequestError(
+            f"{where} has the token id {largest}; the vocabulary ends at {bounds.vocab_size - 1}"
+        )

@@ -1,0 +1,153 @@
+"""The attention workers of the epoch, each behind one bidirectional stream."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+import grpc.aio
+
+from janus_proto.v1 import control_pb2, inference_pb2, worker_pb2
+from janus_proto.v1.worker_pb2_grpc import AttentionWorkerServiceStub
+from janus_server.comm.control_client import ControlClient
+from janus_server.endpoint.streams import RequestStream
+from janus_server.errors import UnavailableError
+from janus_server.grpc_server import channel_options
+
+logger = logging.getLogger(__name__)
+
+_RECONNECT_S = 0.5
+
+
+class WorkerLink:
+    """The stream to one attention worker: commands in, the tokens of every step out."""
+
+    def __init__(self, worker: control_pb2.Worker) -> None:
+        self.worker_id = worker.worker_id
+        self.load: worker_pb2.EngineLoad | None = None
+        """As of its last message; None while there is no connection."""
+        self._address = worker.address
+        self._streams: dict[str, RequestStream] = {}
+        self._commands: asyncio.Queue[worker_pb2.RunRequest] = asyncio.Queue()
+        self._task = asyncio.create_task(self._run(), name=f"link to {self.worker_id}")
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that this worker has from here."""
+        return len(self._streams)
+
+    def submit(
+        self,
+        stream: RequestStream,
+        prompt_ids: list[int],
+        sampling: inference_pb2.SamplingParams,
+    ) -> None:
+        """Hand a request over; its outputs go to `stream`."""
+        self._streams[stream.request_id] = stream
+        command = worker_pb2.SubmitCommand(
+            request_id=stream.request_id, prompt_ids=prompt_ids, sampling=sampling
+        )
+        self._commands.put_nowait(worker_pb2.RunRequest(submit=command))
+
+    def abort(self, request_id: str) -> None:
+        """Tell the worker to drop a request, unless it has ended already."""
+        if self._streams.pop(request_id, None) is not None:
+            command = worker_pb2.AbortCommand(request_id=request_id)
+            self._commands.put_nowait(worker_pb2.RunRequest(abort=command))
+
+    async def close(self) -> None:
+        """End the stream; the worker drops what it still has from here."""
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                async with grpc.aio.insecure_channel(
+                    self._address, options=channel_options()
+                ) as channel:
+                    await self._exchange(channel)
+                reason = "it ended the stream"
+            except grpc.aio.AioRpcError as error:
+                reason = error.details() or error.code().name
+            finally:
+                self.load = None
+            logger.warning("lost attention worker %s: %s", self.worker_id, reason)
+            for stream in self._streams.values():
+                stream.fail(UnavailableError(f"attention worker {self.worker_id} was lost"))
+            self._streams.clear()
+            # Commands for the lost stream mean nothing to the next one.
+            self._commands = asyncio.Queue()
+            await asyncio.sleep(_RECONNECT_S)
+
+    async def _exchange(self, channel: grpc.aio.Channel) -> None:
+        stub = AttentionWorkerServiceStub(channel)
+        async for response in stub.Run(self._outgoing(self._commands), wait_for_ready=True):
+            self.load = response.load
+            for output in response.outputs:
+                stream = self._streams.get(output.request_id)
+                if stream is None:
+                    continue  # aborted from here
+                if output.finish_reason:
+                    del self._streams[output.request_id]
+                stream.put(output)
+
+    async def _outgoing(
+        self, commands: asyncio.Queue[worker_pb2.RunRequest]
+    ) -> AsyncIterator[worker_pb2.RunRequest]:
+        while True:
+            yield await commands.get()
+
+
+class WorkerPool:
+    """Follows the epochs and keeps one link to each attention worker of the current one."""
+
+    def __init__(self, control: ControlClient) -> None:
+        self._control = control
+        self._epoch = control_pb2.Epoch()
+        self._links: dict[str, WorkerLink] = {}
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every worker of the epoch is ready and every link is up."""
+        members = (*self._epoch.attention_workers, *self._epoch.expert_workers)
+        return (
+            bool(members)
+            and all(worker.ready for worker in members)
+            and all(link.load is not None for link in self._links.values())
+        )
+
+    @property
+    def epoch(self) -> control_pb2.Epoch:
+        """The current epoch; empty before the first."""
+        return self._epoch
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose KV blocks fit the smallest worker; 0 before any has said."""
+        loads = [link.load for link in self._links.values() if link.load is not None]
+        return min((load.num_blocks * load.block_size for load in loads), default=0)
+
+    def least_loaded(self) -> WorkerLink:
+        """The link with the fewest requests; raises UnavailableError where there is none."""
+        links = [link for link in self._links.values() if link.load is not None]
+        if not links:
+            raise UnavailableError("no attention worker is ready")
+        return min(links, key=lambda link: link.num_requests)
+
+    async def follow(self) -> None:
+        """Keep the links as the epochs say, until cancelled; then end them all."""
+        try:
+            async with contextlib.aclosing(self._control.epochs()) as responses:
+                async for response in responses:
+                    await self._adopt(response.epoch)
+        finally:
+            await self._adopt(control_pb2.Epoch())
+
+    async def _adopt(self, epoch: control_pb2.Epoch) -> None:
+        self._epoch = epoch
+        workers = {worker.worker_id: worker for worker in epoch.attention_workers if worker.ready}
+        for worker_id in self._links.keys() - workers.keys():
+            await self._links.pop(worker_id).close()
+        for worker_id in workers.keys() - self._links.keys():
+            self._links[worker_id] = WorkerLink(workers[worker_id])

@@ -1,0 +1,167 @@
+"""`janus generate`: a streaming client of a running endpoint."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import grpc
+import tyro
+
+from janus_proto.v1 import inference_pb2
+from janus_proto.v1.inference_pb2_grpc import InferenceServiceStub
+from janus_server.command_line import parse
+from janus_server.errors import ConfigError, InvalidRequestError, UnavailableError
+from janus_server.grpc_server import channel_options
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """Generate text from a prompt on a running Janus endpoint.
+
+    Streams the text to standard output; with --json prints one JSON object at the end instead:
+    text, token_ids, finish_reason, usage, and logprobs where asked for.
+    """
+
+    prompt: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = None
+    """Text to continue; - reads it from standard input."""
+
+    endpoint: str = "127.0.0.1:50051"
+    """HOST:PORT that `janus serve` printed."""
+
+    prompt_ids: str = ""
+    """Token ids to continue instead of a text: 12,7,99."""
+
+    max_tokens: int = 128
+    """Tokens to generate at most."""
+
+    temperature: float = 1.0
+    """0 takes the most likely token each time; higher is more random."""
+
+    top_k: int = 0
+    """Choose among the k most likely tokens; 0: all."""
+
+    top_p: float = 1.0
+    """Choose among the most likely tokens that together reach this probability."""
+
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the most likely one."""
+
+    seed: int | None = None
+    """The same seed and prompt give the same text; none: random."""
+
+    stop: tuple[str, ...] = ()
+    """End before the first of these strings."""
+
+    stop_token_ids: tuple[int, ...] = ()
+    """End after the first of these token ids."""
+
+    ignore_eos: bool = False
+    """Go on past the model's own end of text."""
+
+    logprobs: int | None = None
+    """With --json: log-probabilities of each token and of so many most likely ones."""
+
+    timeout_s: float = 600.0
+    """Longest wait for the whole answer, in seconds."""
+
+    json: bool = False
+    """Print one JSON object instead of streaming text."""
+
+
+def command(argv: Sequence[str]) -> int:
+    """Generate text on a running server, streamed as it comes."""
+    config = parse(GenerateConfig, argv, prog="janus generate")
+    request = _request(config)
+    with grpc.insecure_channel(config.endpoint, options=channel_options()) as channel:
+        call = InferenceServiceStub(channel).Generate(request, timeout=config.timeout_s)
+        try:
+            if config.json:
+                print(json.dumps(_collect(call)))
+            else:
+                for response in call:
+                    print(response.text, end="", flush=True)
+                print()
+        except grpc.RpcError as error:
+            raise _sentence(error, config) from None
+        finally:
+            call.cancel()  # after Ctrl-C the server must not go on
+    return 0
+
+
+def _request(config: GenerateConfig) -> inference_pb2.GenerateRequest:
+    if (config.prompt is None) == (not config.prompt_ids):
+        raise ConfigError("give either a PROMPT or --prompt-ids")
+    sampling = inference_pb2.SamplingParams(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        max_tokens=config.max_tokens,
+        stop=config.stop,
+        stop_token_ids=config.stop_token_ids,
+        ignore_eos=config.ignore_eos,
+    )
+    if config.seed is not None:
+        sampling.seed = config.seed
+    if config.logprobs is not None:
+        sampling.logprobs = config.logprobs
+    request = inference_pb2.GenerateRequest(sampling=sampling)
+    if config.prompt is not None:
+        request.text = sys.stdin.read() if config.prompt == "-" else config.prompt
+    else:
+        request.token_ids.ids.extend(_parse_ids(config.prompt_ids))
+    return request
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(one) for one in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--prompt-ids must be whole numbers with commas between, like 12,7,99, not {text!r}"
+        ) from None
+
+
+def _collect(call: Any) -> dict[str, Any]:
+    """Gather a whole stream into what --json prints."""
+    text = ""
+    token_ids: list[int] = []
+    logprobs: list[dict[str, Any]] = []
+    last = inference_pb2.GenerateResponse()
+    for response in call:
+        text += response.text
+        token_ids += response.token_ids
+        logprobs += [
+            {
+                "logprob": one.logprob,
+                "top": dict(zip(one.top_ids, one.top_logprobs, strict=True)),
+            }
+            for one in response.logprobs
+        ]
+        last = response
+    reason = inference_pb2.FinishReason.Name(last.finish_reason)
+    answer: dict[str, Any] = {
+        "text": text,
+        "token_ids": token_ids,
+        "finish_reason": reason.removeprefix("FINISH_REASON_").lower(),
+        "usage": {
+            "prompt_tokens": last.usage.prompt_tokens,
+            "completion_tokens": last.usage.completion_tokens,
+        },
+    }
+    if logprobs:
+        answer["logprobs"] = logprobs
+    return answer
+
+
+def _sentence(error: grpc.RpcError, config: GenerateConfig) -> Exception:
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        return InvalidRequestError(details)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return UnavailableError(f"no whole answer within {config.timeout_s:g} s")
+    if code is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
+        return UnavailableError(f"no Janus endpoint answers at {config.endpoint}")
+    return UnavailableError(details)

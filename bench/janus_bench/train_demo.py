@@ -12,6 +12,7 @@ down to zero when the minutes are over, whatever the machine.
 """
 
 import argparse
+import copy
 import math
 import pydoc_data.topics
 import sysconfig
@@ -19,6 +20,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -97,31 +99,39 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
 
 def model_config(tokenizer: Tokenizer) -> Qwen3MoeConfig:
     """About 6 M parameters, four fifths of them in experts."""
+    end = end_of_text_id(tokenizer)
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 48,
+        "intermediate_size": 768,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "router_aux_loss_coef": 1e-3,
+        "output_router_logits": True,
+        "bos_token_id": end,
+        "eos_token_id": end,
+    }
+    return Qwen3MoeConfig(**values)
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The id that ends a text."""
     end = tokenizer.token_to_id(END_OF_TEXT)
-    return Qwen3MoeConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        num_experts=32,
-        num_experts_per_tok=4,
-        moe_intermediate_size=48,
-        intermediate_size=768,
-        norm_topk_prob=True,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        router_aux_loss_coef=1e-3,
-        output_router_logits=True,
-        bos_token_id=end,
-        eos_token_id=end,
-    )
+    assert end is not None, "the trainer was told to include it"
+    return end
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> torch.Tensor:
     """All texts in a row, int64 [N], each ended by the end token."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = end_of_text_id(tokenizer)
     ids: list[int] = []
     for encoding in tokenizer.encode_batch(list(texts)):
         ids += [*encoding.ids, end]
@@ -192,7 +202,8 @@ def judge(
 def save(model: Qwen3MoeForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a Hugging Face model folder in bf16."""
     model.config.output_router_logits = False
-    model.to(torch.bfloat16).save_pretrained(folder)
+    narrow: Any = copy.deepcopy(model)
+    narrow.to(torch.bfloat16).save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

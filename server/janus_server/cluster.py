@@ -160,7 +160,7 @@ class _Lifecycle:
 
 async def _wait_until_serving(address: str) -> None:
     async with grpc.aio.insecure_channel(address, options=channel_options()) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest()
         while True:
             # A process that ended is noticed as such; its broken connection says less.

@@ -1,7 +1,6 @@
 """What a ServeConfig means: whether it can work, and what each process is handed."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from janus_server.attention.config import AttentionConfig
 from janus_server.comm.config import MAX_LANES
@@ -14,6 +13,7 @@ from janus_server.errors import ConfigError
 from janus_server.experts.config import ExpertConfig
 from janus_server.grpc_server import check_can_listen
 from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.config import context_limit
 from janus_server.monolith.config import MonolithConfig
 
 
@@ -58,11 +58,7 @@ def check_config(config: ServeConfig) -> None:
         raise ConfigError(f"--lanes must be at most {MAX_LANES}, not {config.engine.lanes}")
     spec = Checkpoint.open(config.model.checkpoint).spec
     check_pools(config.pools, spec)
-    if not 0 <= config.engine.max_context <= spec.max_context:
-        raise ConfigError(
-            f"--max-context must be between 0 and the model's {spec.max_context}, "
-            f"not {config.engine.max_context}"
-        )
+    context_limit(spec, config.engine.max_context)
     check_can_listen(config.admission.listen)
 
 
@@ -107,17 +103,17 @@ def worker_processes(
 
 
 def _attention_process(config: ServeConfig, controller: str, device_index: int) -> WorkerProcess:
-    fields: dict[str, Any] = {
-        "model": config.model,
-        "engine": config.engine,
-        "comm": config.comm,
-        "controller": controller,
-        "device_index": device_index,
-        "threads": config.threads,
-        "lifeline": True,
-    }
+    attention = AttentionConfig(
+        model=config.model,
+        engine=config.engine,
+        comm=config.comm,
+        controller=controller,
+        device_index=device_index,
+        threads=config.threads,
+        lifeline=True,
+    )
     if config.transport == "local":
-        monolith = MonolithConfig(**fields, expert_workers=config.pools.expert_workers)
+        monolith = MonolithConfig(attention=attention, expert_workers=config.pools.expert_workers)
         return WorkerProcess(
             name="monolithic worker",
             module="janus_server.monolith",
@@ -126,7 +122,7 @@ def _attention_process(config: ServeConfig, controller: str, device_index: int) 
     return WorkerProcess(
         name="attention worker",
         module="janus_server.attention",
-        argv=tuple(to_argv(AttentionConfig(**fields))),
+        argv=tuple(to_argv(attention)),
     )
 
 

@@ -65,7 +65,8 @@ class RunningServer:
     server: grpc.aio.Server
     address: str
     """HOST:PORT that is really bound."""
-    health: "health.aio.HealthServicer"
+    health: Any
+    """grpc_health.v1.health.aio.HealthServicer; the package has no type information."""
     service_names: tuple[str, ...]
 
     async def set_serving(self, serving: bool) -> None:
@@ -90,7 +91,7 @@ async def start_server(
     """
     host, _ = check_can_listen(listen)
     server = grpc.aio.server(options=_server_options())
-    health_servicer = health.aio.HealthServicer()
+    health_servicer = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)

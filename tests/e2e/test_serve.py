@@ -197,10 +197,10 @@ def test_a_killed_expert_worker_ends_the_server_with_a_sentence(folder: Path) ->
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (("--expert-workers", "8"), "more expert workers than experts"),
+        (("--expert-workers", "8"), "--expert-workers 8 does not fit a model that has 7 experts"),
         (("--lanes", "9"), "lanes"),
         (("--device", "cuda"), "GPU"),
-        (("--max-context", "4096"), "1024 positions"),
+        (("--max-context", "4096"), "between 0 and the model's 1024, not 4096"),
     ],
 )
 def test_configurations_that_cannot_start(

@@ -14,6 +14,7 @@ from janus_server.attention.sampler import Logprobs, sample_tokens
 from janus_server.attention.weights import AttentionWeights
 from janus_server.comm.base import ExpertPool
 from janus_server.errors import ConfigError
+from janus_server.model.config import context_limit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,7 @@ class Engine:
         config: EngineConfig,
     ) -> None:
         embedding = weights.embedding_VH
-        self.max_context = context_limit(spec, config)
+        self.max_context = context_limit(spec, config.max_context)
         num_blocks = _num_blocks(spec, config, embedding.dtype, self.max_context)
         self.batcher = Batcher(
             max_batch_tokens=config.max_batch_tokens,
@@ -114,16 +115,6 @@ class Engine:
             if output.finish_reason is not None:
                 del self._params[output.request_id]
         return outputs
-
-
-def context_limit(spec: ModelSpec, config: EngineConfig) -> int:
-    """Longest prompt plus completion in tokens; raises ConfigError above what the model has."""
-    if config.max_context > spec.max_context:
-        raise ConfigError(
-            f"--max-context {config.max_context} is more than the {spec.max_context} positions "
-            "of the model"
-        )
-    return config.max_context or spec.max_context
 
 
 def _num_blocks(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype, max_context: int) -> int:

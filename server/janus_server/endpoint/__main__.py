@@ -10,9 +10,9 @@ from janus_server.endpoint.config import EndpointConfig
 from janus_server.endpoint.service import SERVICE_NAME, InferenceService, add_to_server
 from janus_server.endpoint.tokenizer import Tokenizer
 from janus_server.endpoint.workers import WorkerPool
-from janus_server.errors import ConfigError
 from janus_server.grpc_server import RunningServer, start_server
 from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.config import context_limit
 from janus_server.process import announce, run
 
 _READINESS_POLL_S = 0.05
@@ -22,11 +22,7 @@ _STOP_GRACE_S = 1.0
 async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
     """Serve the public API until `stop`, then drain."""
     checkpoint = Checkpoint.open(config.model.checkpoint)
-    if config.max_context > checkpoint.spec.max_context:
-        raise ConfigError(
-            f"--max-context {config.max_context} is more than the {checkpoint.spec.max_context} "
-            "positions of the model"
-        )
+    max_context = context_limit(checkpoint.spec, config.max_context)
     tokenizer = _load_tokenizer(checkpoint.path / "tokenizer.json")
     control = ControlClient(config.controller)
     pool = WorkerPool(control)
@@ -34,7 +30,7 @@ async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
         checkpoint,
         tokenizer,
         pool,
-        max_context=config.max_context or checkpoint.spec.max_context,
+        max_context=max_context,
         max_requests=config.admission.max_requests,
     )
     server = await start_server(

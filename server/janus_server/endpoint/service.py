@@ -246,22 +246,31 @@ def add_to_server(service: InferenceService, server: grpc.aio.Server) -> None:
 
     The generated registration would answer them with INTERNAL, as if it were the server's fault.
     """
-    requests = {
-        "Generate": inference_pb2.GenerateRequest,
-        "Abort": inference_pb2.AbortRequest,
-        "GetModelInfo": inference_pb2.GetModelInfoRequest,
+    calls: dict[str, tuple[Any, Any, Any]] = {
+        "Generate": (
+            grpc.unary_stream_rpc_method_handler,
+            inference_pb2.GenerateRequest,
+            inference_pb2.GenerateResponse,
+        ),
+        "Abort": (
+            grpc.unary_unary_rpc_method_handler,
+            inference_pb2.AbortRequest,
+            inference_pb2.AbortResponse,
+        ),
+        "GetModelInfo": (
+            grpc.unary_unary_rpc_method_handler,
+            inference_pb2.GetModelInfoRequest,
+            inference_pb2.GetModelInfoResponse,
+        ),
     }
-    handlers: dict[str, Any] = {}
-    for name, message in requests.items():
-        streams = name == "Generate"
-        make = (
-            grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-        )
-        handlers[name] = make(
+    handlers = {
+        name: make_handler(
             getattr(service, name),
-            request_deserializer=_deserializer(message),
-            response_serializer=lambda response: response.SerializeToString(),
+            request_deserializer=_deserializer(request),
+            response_serializer=response.SerializeToString,
         )
+        for name, (make_handler, request, response) in calls.items()
+    }
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)])
 
 

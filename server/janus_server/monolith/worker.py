@@ -16,12 +16,12 @@ from janus_server.monolith.config import MonolithConfig
 
 async def main(config: MonolithConfig, stop: asyncio.Event) -> None:
     """Serve as an attention worker whose experts are in this process."""
-    checkpoint = Checkpoint.open(config.model.checkpoint)
+    checkpoint = Checkpoint.open(config.attention.model.checkpoint)
 
     def join(epoch: control_pb2.Epoch, worker_id: str) -> ExpertPool:
         return local_expert_pool(config, checkpoint)
 
-    await attention_worker.serve(config, stop, checkpoint, join)
+    await attention_worker.serve(config.attention, stop, checkpoint, join)
 
 
 def local_expert_pool(config: MonolithConfig, checkpoint: Checkpoint) -> LocalExpertPool:
@@ -32,8 +32,8 @@ def local_expert_pool(config: MonolithConfig, checkpoint: Checkpoint) -> LocalEx
         num_experts=spec.num_experts,
         num_workers=config.expert_workers,
     )
-    device = device_of(config.model, config.device_index)
-    with WeightReader(checkpoint, dtype=dtype_of(config.model), device=device) as reader:
+    device = device_of(config.attention.model, config.attention.device_index)
+    with WeightReader(checkpoint, dtype=dtype_of(config.attention.model), device=device) as reader:
         runners = [
             ExpertRunner(spec, load_layers(reader, placement, worker))
             for worker in range(config.expert_workers)

@@ -119,5 +119,5 @@ def test_refuses_what_can_never_run(folder: Path) -> None:
 def test_refuses_impossible_configurations(folder: Path) -> None:
     with pytest.raises(ConfigError, match="not even one KV block"):
         make_engine(folder, kv_cache_gib=1e-9)
-    with pytest.raises(ConfigError, match="more than the 1024 positions"):
+    with pytest.raises(ConfigError, match="between 0 and the model's 1024"):
         make_engine(folder, max_context=4096)

@@ -1,11 +1,13 @@
 """`janus demo`: serve the bundled checkpoint and stream several prompts at once."""
 
 import asyncio
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import grpc.aio
 import uvloop
@@ -23,8 +25,9 @@ from janus_server.cluster_plan import check_config
 from janus_server.command_line import parse
 from janus_server.config import ServeConfig
 from janus_server.controller.config import PoolConfig
+from janus_server.controller.membership import HEARTBEAT_INTERVAL_S
 from janus_server.endpoint.config import AdmissionConfig
-from janus_server.errors import UnavailableError
+from janus_server.errors import JanusError, UnavailableError
 from janus_server.grpc_server import channel_options
 from janus_server.launch import describe_worker, startup_progress
 from janus_server.model.config import ModelConfig
@@ -105,23 +108,38 @@ def command(argv: Sequence[str]) -> int:
 
 async def _demo(demo: DemoConfig, config: ServeConfig, console: Console) -> None:
     streams = [_Stream(prompt=prompt) for prompt in PROMPTS]
-    with startup_progress(config) as advance, Path("/dev/null").open("wb") as nowhere:
-
-        def on_worker_ready(worker: control_pb2.Worker) -> None:
-            console.print(describe_worker(worker), highlight=False)
-            advance()
-
-        cluster_context = running_cluster(config, on_worker_ready=on_worker_ready, stderr=nowhere)
-        cluster = await cluster_context.__aenter__()
-        advance()
-    try:
-        console.print(f"ready {cluster.address}: {len(streams)} prompts at once", highlight=False)
-        await cluster.unless_failed(_generate_all(demo, cluster.address, streams, console))
-        loads = await _expert_loads(cluster.controller)
-    finally:
-        await cluster_context.__aexit__(None, None, None)
+    with tempfile.TemporaryFile() as logs:
+        try:
+            loads = await _serve_and_generate(demo, config, console, streams, logs)
+        except JanusError:
+            logs.seek(0)
+            console.print(logs.read().decode(), markup=False, highlight=False)
+            raise
     console.print(_request_table(streams), _expert_table(loads))
     console.print("all processes have ended")
+
+
+async def _serve_and_generate(
+    demo: DemoConfig,
+    config: ServeConfig,
+    console: Console,
+    streams: Sequence[_Stream],
+    logs: IO[bytes],
+) -> control_pb2.GetExpertLoadsResponse:
+    async with AsyncExitStack() as stack:
+        with startup_progress(config) as advance:
+
+            def on_worker_ready(worker: control_pb2.Worker) -> None:
+                console.print(describe_worker(worker), highlight=False)
+                advance()
+
+            cluster = await stack.enter_async_context(
+                running_cluster(config, on_worker_ready=on_worker_ready, stderr=logs)
+            )
+            advance()
+        console.print(f"ready {cluster.address}: {len(streams)} prompts at once", highlight=False)
+        await cluster.unless_failed(_generate_all(demo, cluster.address, streams, console))
+        return await _expert_loads(cluster.controller)
 
 
 async def _generate_all(
@@ -176,7 +194,7 @@ class _Refresh:
         whole = stream.prompt + stream.text
         end = len(whole) if stream.usage.completion_tokens else whole.rfind("\n") + 1
         for line in whole[self._shown[index] : end].splitlines():
-            self._console.print(f"[{index + 1}] {line}", markup=False, highlight=False)
+            self._console.print(f"[{index + 1}] {line}", markup=False, highlight=False, soft_wrap=True)
         self._shown[index] = max(end, self._shown[index])
 
     def panels(self, *, lines: int | None = None) -> Group:
@@ -207,6 +225,8 @@ def _shown(streams: Sequence[_Stream], console: Console) -> Iterator[_Refresh]:
 
 
 async def _expert_loads(controller: str) -> control_pb2.GetExpertLoadsResponse:
+    # The next heartbeats bring the totals of all that has run.
+    await asyncio.sleep(1.5 * HEARTBEAT_INTERVAL_S)
     async with grpc.aio.insecure_channel(controller, options=channel_options()) as channel:
         return await ControlServiceStub(channel).GetExpertLoads(
             control_pb2.GetExpertLoadsRequest(), timeout=10

@@ -21,7 +21,8 @@ from janus_server.attention.config import EngineConfig
 from janus_server.attention.engine import Engine
 from janus_server.attention.weights import load_attention_weights
 from janus_server.comm.base import ExpertPool
-from janus_server.comm.gloo import GlooAttentionPool, GlooExpertPool, GroupConfig, join_group
+from janus_server.comm.epoch import GroupConfig
+from janus_server.comm.gloo import GlooAttentionPool, GlooExpertPool, join_group
 from janus_server.comm.local import LocalExpertPool
 from janus_server.experts.runner import ExpertRunner
 from janus_server.experts.weights import load_layers
@@ -105,7 +106,9 @@ class _Runner(ABC):
 class _Transformers(_Runner):
     def __init__(self, config: ContenderConfig) -> None:
         from transformers import Qwen3MoeForCausalLM
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()
         torch.set_num_threads(config.threads)
         self._model: Any = Qwen3MoeForCausalLM.from_pretrained(
             config.checkpoint,

@@ -194,7 +194,7 @@ class _Refresh:
         whole = stream.prompt + stream.text
         end = len(whole) if stream.usage.completion_tokens else whole.rfind("\n") + 1
         for line in whole[self._shown[index] : end].splitlines():
-            self._console.print(f"[{index + 1}] {line}", markup=False, highlight=False, soft_wrap=True)
+            self._console.print(Text(f"[{index + 1}] {line}"), soft_wrap=True)
         self._shown[index] = max(end, self._shown[index])
 
     def panels(self, *, lines: int | None = None) -> Group:

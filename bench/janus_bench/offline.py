@@ -21,7 +21,7 @@ from rich.table import Table
 
 from janus_bench.checkpoints import BENCH_MODEL, write_random_checkpoint
 from janus_bench.contenders import Contender, ContenderConfig, Timing
-from janus_bench.report import RESULTS, write_result
+from janus_bench.report import RESULTS, environment, write_result
 from janus_server.command_line import parse
 from janus_server.model.checkpoint import Checkpoint
 
@@ -68,6 +68,7 @@ def command(argv: Sequence[str]) -> int:
     """Measure tokens/s of prefill and decode against transformers."""
     config = parse(OfflineConfig, argv, prog="janus bench offline")
     console = Console()
+    measured_in = environment()  # before a file can change
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(config.checkpoint or scratch)
         if not config.checkpoint:
@@ -78,7 +79,14 @@ def command(argv: Sequence[str]) -> int:
             rows += _measure(config, str(checkpoint), dtype, vocab_size, console)
     _print_table(console, rows)
     output = Path(config.output) if config.output else RESULTS / "offline-cpu.json"
-    write_result(output, {"configuration": dataclasses.asdict(config), "results": rows})
+    write_result(
+        output,
+        {
+            "environment": measured_in,
+            "configuration": dataclasses.asdict(config),
+            "results": rows,
+        },
+    )
     console.print(f"written to {output}")
     return 0
 

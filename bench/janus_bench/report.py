@@ -1,6 +1,7 @@
 """What every result carries: device, commit, command; and where results are kept."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def environment() -> dict[str, Any]:
         "command": " ".join(["janus", *sys.argv[1:]]),
         "commit": _commit(),
         "device": _cpu_model(),
-        "cpu_count": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
@@ -30,9 +31,9 @@ def environment() -> dict[str, Any]:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a result beside the environment it was measured in."""
+    """Write a result, which names the `environment` it was measured in, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _commit() -> str:

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from janus_server.comm.base import PartialFfn
+from janus_server.comm.epoch import GroupConfig
 from janus_server.comm.gloo import (
     GlooAttentionPool,
     GlooExpertPool,
-    GroupConfig,
     join_group,
 )
 

@@ -15,9 +15,9 @@ from janus_server.attention.service import AttentionWorkerService
 from janus_server.attention.weights import load_attention_weights
 from janus_server.comm.base import ExpertPool
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
+from janus_server.comm.epoch import group_config
 from janus_server.comm.gloo import GlooExpertPool, join_group
 from janus_server.comm.lifecycle import run_until_stopped
-from janus_server.comm.membership import group_config
 from janus_server.grpc_server import start_server
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.weights import WeightReader, device_of, dtype_of

@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -27,34 +26,12 @@ from janus_server.comm.base import (
     sum_partials,
 )
 from janus_server.comm.config import MAX_LANES
+from janus_server.comm.epoch import GroupConfig
 from janus_server.comm.sequencing import Announcement, StepLayout, StepSequencer
 from janus_server.errors import PeerLostError
 
 _CONTROL_TAG = 0
 _ANNOUNCEMENT_WORDS = 2 + MAX_LANES
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupConfig:
-    """One worker's place in an epoch's group."""
-
-    store_address: str
-    """HOST:PORT of the TCP store."""
-    prefix: str
-    """Of the epoch's keys in the store."""
-    rank: int
-    """Of this worker; attention workers come first."""
-    num_attention: int
-    """Attention workers of the epoch."""
-    num_experts: int
-    """Expert workers of the epoch."""
-    timeout_s: float
-    """Deadline of every wait for a peer."""
-
-    @property
-    def expert_ranks(self) -> range:
-        """Ranks of the expert workers."""
-        return range(self.num_attention, self.num_attention + self.num_experts)
 
 
 class Group(Protocol):

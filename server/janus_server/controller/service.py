@@ -11,7 +11,7 @@ import grpc.aio
 
 from janus_proto.v1 import control_pb2
 from janus_proto.v1.control_pb2_grpc import ControlServiceServicer
-from janus_scheduler.placement import Placement
+from janus_server.comm.epoch import placement_message
 from janus_server.controller.membership import (
     HEARTBEAT_INTERVAL_S,
     Epoch,
@@ -159,18 +159,6 @@ class ControlService(ControlServiceServicer):
             store_address=self._store_address,
             store_prefix=f"epoch-{epoch.number}",
         )
-
-
-def placement_message(placement: Placement) -> control_pb2.Placement:
-    """Write a placement as its message."""
-    return control_pb2.Placement(
-        num_workers=placement.num_workers,
-        slots_per_worker=placement.slots_per_worker,
-        layers=[
-            control_pb2.LayerPlacement(layer=layer, slot_experts=slots_WS.ravel().tolist())
-            for layer, slots_WS in placement.layers.items()
-        ],
-    )
 
 
 def _now_s() -> float:

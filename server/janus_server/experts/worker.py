@@ -9,9 +9,9 @@ import torch
 
 from janus_proto.v1 import control_pb2
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
+from janus_server.comm.epoch import group_config, placement_of
 from janus_server.comm.gloo import GlooAttentionPool, join_group
 from janus_server.comm.lifecycle import run_until_stopped
-from janus_server.comm.membership import group_config, placement_of
 from janus_server.experts.config import ExpertConfig
 from janus_server.experts.runner import ExpertRunner
 from janus_server.experts.weights import load_layers

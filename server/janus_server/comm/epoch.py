@@ -1,11 +1,35 @@
-"""What a worker reads out of an epoch: its place in the group, and the placement of experts."""
+"""What an epoch's message means: a worker's place in the group, and the placement of experts."""
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from janus_proto.v1 import control_pb2
 from janus_scheduler.placement import Placement
-from janus_server.comm.gloo import GroupConfig
 from janus_server.errors import UnavailableError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupConfig:
+    """One worker's place in an epoch's group."""
+
+    store_address: str
+    """HOST:PORT of the TCP store."""
+    prefix: str
+    """Of the epoch's keys in the store."""
+    rank: int
+    """Of this worker; attention workers come first."""
+    num_attention: int
+    """Attention workers of the epoch."""
+    num_experts: int
+    """Expert workers of the epoch."""
+    timeout_s: float
+    """Deadline of every wait for a peer."""
+
+    @property
+    def expert_ranks(self) -> range:
+        """Ranks of the expert workers."""
+        return range(self.num_attention, self.num_attention + self.num_experts)
 
 
 def group_config(epoch: control_pb2.Epoch, worker_id: str, *, timeout_s: float) -> GroupConfig:
@@ -29,7 +53,7 @@ def member(epoch: control_pb2.Epoch, worker_id: str) -> control_pb2.Worker:
 
 
 def placement_of(epoch: control_pb2.Epoch) -> Placement:
-    """The placement of the epoch's experts."""
+    """Read the placement of the epoch's experts: the inverse of `placement_message`."""
     message = epoch.placement
     shape = (message.num_workers, message.slots_per_worker)
     return Placement(
@@ -39,4 +63,16 @@ def placement_of(epoch: control_pb2.Epoch) -> Placement:
             one.layer: np.array(one.slot_experts, dtype=np.int32).reshape(shape)
             for one in message.layers
         },
+    )
+
+
+def placement_message(placement: Placement) -> control_pb2.Placement:
+    """Write a placement as its message."""
+    return control_pb2.Placement(
+        num_workers=placement.num_workers,
+        slots_per_worker=placement.slots_per_worker,
+        layers=[
+            control_pb2.LayerPlacement(layer=layer, slot_experts=slots_WS.ravel().tolist())
+            for layer, slots_WS in placement.layers.items()
+        ],
     )

@@ -27,6 +27,7 @@ from janus_server.comm.local import LocalExpertPool
 from janus_server.experts.runner import ExpertRunner
 from janus_server.experts.weights import load_layers
 from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.cpu import use_cpu
 from janus_server.model.weights import WeightReader
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -124,15 +125,20 @@ class _Transformers(_Runner):
             "pad_token_id": 0,
             "attention_mask": torch.ones_like(ids),
         }
+        token_times: list[float] = []
+
+        def note_time(*_: Any, **__: Any) -> torch.Tensor:
+            token_times.append(time.perf_counter())
+            return torch.zeros(len(prompts), dtype=torch.bool)
+
         start = time.perf_counter()
-        self._model.generate(ids, max_new_tokens=1, **options)
-        prefill_s = time.perf_counter() - start
-        start = time.perf_counter()
-        result = self._model.generate(ids, max_new_tokens=num_new, **options)
-        total_s = time.perf_counter() - start
+        # Stopping criteria are asked after each token, so they see when it came.
+        result = self._model.generate(
+            ids, max_new_tokens=num_new, stopping_criteria=[note_time], **options
+        )
         return Timing(
-            prefill_s=prefill_s,
-            decode_s=total_s - prefill_s,
+            prefill_s=token_times[0] - start,
+            decode_s=token_times[-1] - token_times[0],
             token_ids=tuple(map(tuple, result[:, ids.shape[1] :].tolist())),
         )
 
@@ -143,7 +149,7 @@ class _Janus(_Runner):
     pool: ExpertPool
 
     def __init__(self, config: ContenderConfig, threads: int) -> None:
-        torch.set_num_threads(threads)
+        use_cpu(threads)
         self.checkpoint = Checkpoint.open(config.checkpoint)
         with WeightReader(self.checkpoint, dtype=DTYPES[config.dtype], device=_CPU) as reader:
             weights = load_attention_weights(reader)
@@ -212,7 +218,7 @@ def _group(store_address: str, rank: int) -> GroupConfig:
 
 
 def _expert_worker(config: ContenderConfig, group: GroupConfig, threads: int) -> None:
-    torch.set_num_threads(threads)
+    use_cpu(threads)
     checkpoint = Checkpoint.open(config.checkpoint)
     runner = _expert_runner(checkpoint, config.dtype)
     pool = GlooAttentionPool(

@@ -37,13 +37,14 @@ DEMO_CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 """A Qwen3-MoE of 6 M parameters trained by train_demo.py on the standard library's text."""
 
 PROMPTS = (
-    "class Queue:\n",
-    "def read_lines(path):\n",
-    "import ",
+    "class QueueTest(unittest.TestCase):",
+    "def read_lines(path):",
+    "if __name__ ==",
     "The following functions",
     "    def __init__(self",
-    "try:\n",
+    "    def close(self):",
 )
+"""None ends in white space, which the tokenizer joins to what follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al., 2021), the two halves of a head rotated as pairs.
 
-Shapes: T tokens, N heads, D head dimension (even), P positions.
+Shapes: T tokens, N heads, D head dimension (even), C half of it, P positions.
 """
 
 import torch
@@ -19,5 +19,9 @@ def rotary_tables(
 def apply_rotary(x_TND: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
     """Rotate each head of each token by the angles of its position."""
     half = x_TND.shape[-1] // 2
-    turned = torch.cat((-x_TND[..., half:], x_TND[..., :half]), dim=-1)
-    return x_TND * cos_TD.unsqueeze(1) + turned * sin_TD.unsqueeze(1)
+    low_TNC, high_TNC = x_TND.split(half, dim=-1)
+    sin_T1D = sin_TD.unsqueeze(1)
+    out_TND = x_TND * cos_TD.unsqueeze(1)
+    out_TND[..., :half].addcmul_(high_TNC, sin_T1D[..., :half], value=-1)
+    out_TND[..., half:].addcmul_(low_TNC, sin_T1D[..., half:])
+    return out_TND

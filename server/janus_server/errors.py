@@ -17,6 +17,10 @@ class InvalidRequestError(JanusError):
     """A request is out of bounds (gRPC INVALID_ARGUMENT)."""
 
 
+class DuplicateRequestError(JanusError):
+    """A running request has the id already (gRPC ALREADY_EXISTS)."""
+
+
 class OverloadedError(JanusError):
     """The bounded queue is full (gRPC RESOURCE_EXHAUSTED)."""
 

@@ -93,6 +93,14 @@ def command(argv: Sequence[str]) -> int:
 def _request(config: GenerateConfig) -> inference_pb2.GenerateRequest:
     if (config.prompt is None) == (not config.prompt_ids):
         raise ConfigError("give either a PROMPT or --prompt-ids")
+    try:
+        return _message(config)
+    except ValueError as error:
+        # Protobuf's: a number beyond its field, or a text that is not Unicode.
+        raise ConfigError(f"the request cannot be sent: {error}") from None
+
+
+def _message(config: GenerateConfig) -> inference_pb2.GenerateRequest:
     sampling = inference_pb2.SamplingParams(
         temperature=config.temperature,
         top_k=config.top_k,

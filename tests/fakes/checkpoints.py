@@ -34,7 +34,7 @@ def write_checkpoint(
     """Write a random model, TINY but for `overrides`, with a byte-level tokenizer."""
     config = {**TINY, **overrides}
     write_random_checkpoint(folder, config, seed=seed, max_shard_size=max_shard_size)
-    _byte_tokenizer().save(str(folder / "tokenizer.json"))
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
 
 
 def reference_model(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3MoeForCausalLM:
@@ -61,7 +61,8 @@ def reference_decode(
     return result.sequences[0, len(prompt_ids) :].tolist(), torch.cat(result.logits).float()
 
 
-def _byte_tokenizer() -> Tokenizer:
+def byte_tokenizer() -> Tokenizer:
+    """One token for each byte: 256 ids."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -4,8 +4,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-import torch
-
 from janus_proto.v1 import control_pb2, worker_pb2
 from janus_proto.v1.worker_pb2_grpc import add_AttentionWorkerServiceServicer_to_server
 from janus_server.attention.config import AttentionConfig
@@ -20,6 +18,7 @@ from janus_server.comm.gloo import GlooExpertPool, join_group
 from janus_server.comm.lifecycle import run_until_stopped
 from janus_server.grpc_server import start_server
 from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.cpu import use_cpu
 from janus_server.model.weights import WeightReader, device_of, dtype_of
 from janus_server.process import announce
 
@@ -46,7 +45,7 @@ async def serve(
     config: AttentionConfig, stop: asyncio.Event, checkpoint: Checkpoint, join: PoolFactory
 ) -> None:
     """Serve until `stop`; `join` brings the expert workers of the epoch."""
-    torch.set_num_threads(config.threads)
+    use_cpu(config.threads)
     service = AttentionWorkerService()
     server = await start_server(
         lambda grpc_server: add_AttentionWorkerServiceServicer_to_server(service, grpc_server),

@@ -1,7 +1,6 @@
 """Start the endpoint: `python -m janus_server.endpoint`."""
 
 import asyncio
-import contextlib
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ _STOP_GRACE_S = 1.0
 
 
 async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
-    """Serve the public API until `stop`, then drain."""
+    """Serve the public API until `stop`, then drain; fails at once where the controller is lost."""
     checkpoint = Checkpoint.open(config.model.checkpoint)
     max_context = context_limit(checkpoint.spec, config.max_context)
     tokenizer = _load_tokenizer(checkpoint.path / "tokenizer.json")
@@ -39,19 +38,17 @@ async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
         config.admission.listen,
     )
     announce(server.address)
-    following = asyncio.create_task(pool.follow(), name="epochs")
-    publishing = asyncio.create_task(_publish_readiness(server, pool), name="readiness")
     try:
-        await stop.wait()
-        publishing.cancel()
-        await server.set_serving(False)
-        await service.drain(config.admission.drain_timeout_s)
+        async with asyncio.TaskGroup() as tasks:
+            following = tasks.create_task(pool.follow(), name="epochs")
+            publishing = tasks.create_task(_publish_readiness(server, pool), name="readiness")
+            await stop.wait()
+            publishing.cancel()
+            await server.set_serving(False)
+            await service.drain(config.admission.drain_timeout_s)
+            following.cancel()
     finally:
-        publishing.cancel()
         await server.stop(_STOP_GRACE_S)
-        following.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await following
         await control.close()
         if tokenizer is not None:
             tokenizer.close()

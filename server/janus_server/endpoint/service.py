@@ -1,10 +1,11 @@
 """The public InferenceService: admit, tokenize, hand over, stream back."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from janus_server.endpoint.streams import RequestStream, TextAssembler
 from janus_server.endpoint.tokenizer import Tokenizer
 from janus_server.endpoint.workers import WorkerLink, WorkerPool
 from janus_server.errors import (
+    DuplicateRequestError,
     InvalidRequestError,
     JanusError,
     OverloadedError,
@@ -32,6 +34,7 @@ SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].ful
 
 _STATUS = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
     OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
 }
@@ -66,8 +69,10 @@ class InferenceService(InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Generate from one prompt."""
         try:
-            async for response in self._generate(_parsed(request)):
-                yield response
+            # Closed here rather than by the garbage collector, which may let go of it late.
+            async with contextlib.aclosing(self._generate(_parsed(request))) as responses:
+                async for response in responses:
+                    yield response
         except JanusError as error:
             await _refuse(context, error)
 
@@ -107,7 +112,11 @@ class InferenceService(InferenceServiceServicer):
         )
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new requests, give running ones `timeout_s` seconds, end the rest."""
+        """Refuse new requests, give running ones `timeout_s` seconds, fail the rest.
+
+        The failed ones tell their clients while the server stops; it cancels those whose client
+        does not listen.
+        """
         self._draining = True
         try:
             async with asyncio.timeout(timeout_s):
@@ -116,8 +125,6 @@ class InferenceService(InferenceServiceServicer):
             logger.warning("%d requests outlived the drain", len(self._active))
             for stream in self._active.values():
                 stream.fail(UnavailableError("the server shut down before the request was done"))
-            # Woken streams end by themselves; they only have to tell their clients.
-            await self._none_active.wait()
 
     def _bounds(self) -> validation.Bounds:
         spec = self._checkpoint.spec
@@ -136,7 +143,7 @@ class InferenceService(InferenceServiceServicer):
         if not self._pool.is_ready:
             raise UnavailableError("the workers are not ready yet")
         if request_id in self._active:
-            raise InvalidRequestError(f"request_id {request_id} is in use by a running request")
+            raise DuplicateRequestError(f"request_id {request_id} is in use by a running request")
         if len(self._active) >= self._max_requests:
             raise OverloadedError(
                 f"{self._max_requests} requests are running or queued already; try again later"
@@ -147,7 +154,7 @@ class InferenceService(InferenceServiceServicer):
 
     async def _generate(
         self, request: inference_pb2.GenerateRequest
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         started = _Timeline()
         request_id = request.request_id or secrets.token_hex(8)
         validation.check_request_id(request_id)
@@ -170,7 +177,7 @@ class InferenceService(InferenceServiceServicer):
         finally:
             del self._active[request_id]
             if link is not None:
-                link.abort(request_id)
+                link.abort(stream)
             if not self._active:
                 self._none_active.set()
         logger.info("request %s: %s", request_id, started)

@@ -13,23 +13,27 @@ class StopMatcher:
         """The stop string that was found; "" so far. Nothing may be fed after it."""
 
     def feed(self, text: str) -> str:
-        """Text that can be shown now. Of several stops the one that begins first counts."""
+        """Text that can be shown now.
+
+        Of several stops the one that is whole first counts, however the text is cut into pieces;
+        of those that end together the longest.
+        """
         assert not self.matched, "fed after a stop string was found"
         self._held += text
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [
+            (at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0
+        ]
         if found:
-            at, self.matched = min(found, key=lambda pair: (pair[0], self._stops.index(pair[1])))
-            # An earlier stop may have begun but is not whole: the whole one ends the text first.
-            return self._cut(at, keep="")
-        return self._cut(self._first_possible_start(), keep=None)
+            _, at, self.matched = min(found)
+            shown, self._held = self._held[:at], ""
+        else:
+            at = self._first_possible_start()
+            shown, self._held = self._held[:at], self._held[at:]
+        return shown
 
     def finish(self) -> str:
         """What was held back, once no text follows."""
-        return self._cut(len(self._held), keep="")
-
-    def _cut(self, at: int, *, keep: str | None) -> str:
-        shown, rest = self._held[:at], self._held[at:]
-        self._held = rest if keep is None else keep
+        shown, self._held = self._held, ""
         return shown
 
     def _first_possible_start(self) -> int:

@@ -1,6 +1,7 @@
 """The endpoint's side of one running request: what has come in and was not yet taken out."""
 
 import asyncio
+import secrets
 from dataclasses import dataclass, field
 
 from janus_proto.v1 import inference_pb2, worker_pb2
@@ -23,6 +24,8 @@ class RequestStream:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
+        self.worker_request_id = f"{request_id}#{secrets.token_hex(4)}"
+        """Its id at the worker, which may still be ending the last request of the same id."""
         self._pending = Delta()
         self._error: JanusError | None = None
         self._changed = asyncio.Event()

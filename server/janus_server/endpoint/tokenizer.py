@@ -11,7 +11,7 @@ from janus_server.errors import CheckpointError
 
 _NUM_THREADS = 2
 _MAX_UNFINISHED = 64
-"""Tokens that may wait for the rest of a character before they are taken for no text at all."""
+"""Tokens that may wait to become text; more are taken for what they are, if only to be shown."""
 
 
 class Tokenizer:
@@ -44,7 +44,8 @@ class Tokenizer:
 class Detokenizer:
     """Turns the token ids of one stream into text, piece by piece.
 
-    Never emits half of a character; all pieces together are the decoding of all ids.
+    Never emits half of a character, unless _MAX_UNFINISHED tokens make no whole one; all pieces
+    together are the decoding of all ids.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
@@ -68,8 +69,10 @@ class Detokenizer:
             return ""
         before = self._tokenizer.decode(self._context)
         text = self._tokenizer.decode(self._context + self._unfinished)
-        is_whole = not text.endswith("\ufffd") or len(self._unfinished) > _MAX_UNFINISHED
-        if len(text) <= len(before) or not (is_whole or finish):
+        is_whole = len(text) > len(before) and not text.endswith("\ufffd")
+        if not (is_whole or finish or len(self._unfinished) > _MAX_UNFINISHED):
             return ""
-        self._context, self._unfinished = self._unfinished, []
+        if len(text) > len(before):
+            self._context = self._unfinished
+        self._unfinished = []
         return text[len(before) :]

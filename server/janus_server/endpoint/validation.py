@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from janus_proto.v1 import inference_pb2
 from janus_server.errors import InvalidRequestError
 
-MAX_TEMPERATURE = 100.0
+MAX_TEMPERATURE = 100
 """Beyond, every token is as likely as any other."""
 MAX_SEED = 2**63 - 1
 """What an int64 holds."""
@@ -47,7 +47,8 @@ def check_request_id(request_id: str) -> None:
     """Refuse ids that are long or would garble a log."""
     if len(request_id) > MAX_REQUEST_ID_CHARS or not _REQUEST_ID.fullmatch(request_id):
         raise InvalidRequestError(
-            f"request_id must be 1 to {MAX_REQUEST_ID_CHARS} letters, digits or ._:/-"
+            f"request_id {request_id[:MAX_REQUEST_ID_CHARS]!a} of {len(request_id)} characters "
+            f"must be 1 to {MAX_REQUEST_ID_CHARS} letters, digits or ._:/-"
         )
 
 
@@ -57,8 +58,8 @@ def check_text(text: str, bounds: Bounds) -> None:
         raise InvalidRequestError("this model has no tokenizer.json: send token ids, not text")
     if len(text) > MAX_CHARS_PER_TOKEN * bounds.max_context:
         raise InvalidRequestError(
-            f"the prompt has {len(text)} characters, more than "
-            f"{MAX_CHARS_PER_TOKEN * bounds.max_context} are certainly longer than the context"
+            f"the prompt has {len(text)} characters; a context of {bounds.max_context} tokens "
+            f"allows up to {MAX_CHARS_PER_TOKEN * bounds.max_context}"
         )
 
 
@@ -108,14 +109,14 @@ def complete_sampling(
 
 def check_sampling(sampling: inference_pb2.SamplingParams, bounds: Bounds) -> None:
     """Refuse values out of range; unset fields pass."""
-    _check_range("temperature", sampling.temperature, 0.0, MAX_TEMPERATURE)
+    _check_range("temperature", sampling.temperature, 0, MAX_TEMPERATURE)
     # More than the vocabulary has is allowed and means all of it, as elsewhere.
     _check_range("top_k", sampling.top_k, 0, 2**31 - 1)
-    _check_range("min_p", sampling.min_p, 0.0, 1.0)
+    _check_range("min_p", sampling.min_p, 0, 1)
     _check_range("seed", sampling.seed, 0, MAX_SEED)
     _check_range("logprobs", sampling.logprobs, 0, min(MAX_LOGPROBS, bounds.vocab_size))
     if sampling.HasField("top_p"):
-        _check_range("top_p", sampling.top_p, 0.0, 1.0)
+        _check_range("top_p", sampling.top_p, 0, 1)
         if sampling.top_p == 0.0:
             raise InvalidRequestError("top_p is 0, which leaves no token; use temperature 0")
     if sampling.HasField("max_tokens"):
@@ -147,7 +148,8 @@ def _check_stops(sampling: inference_pb2.SamplingParams, bounds: Bounds) -> None
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not math.isfinite(value) or not low <= value <= high:
-        raise InvalidRequestError(f"{name} is {value:g}; it must be from {low:g} to {high:g}")
+        # A float32 has fewer digits than Python shows.
+        raise InvalidRequestError(f"{name} is {round(value, 7)}; it must be from {low} to {high}")
 
 
 def _check_token_ids(where: str, ids: Sequence[int], bounds: Bounds) -> None:

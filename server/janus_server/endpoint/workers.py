@@ -43,16 +43,16 @@ class WorkerLink:
         sampling: inference_pb2.SamplingParams,
     ) -> None:
         """Hand a request over; its outputs go to `stream`."""
-        self._streams[stream.request_id] = stream
+        self._streams[stream.worker_request_id] = stream
         command = worker_pb2.SubmitCommand(
-            request_id=stream.request_id, prompt_ids=prompt_ids, sampling=sampling
+            request_id=stream.worker_request_id, prompt_ids=prompt_ids, sampling=sampling
         )
         self._commands.put_nowait(worker_pb2.RunRequest(submit=command))
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, stream: RequestStream) -> None:
         """Tell the worker to drop a request, unless it has ended already."""
-        if self._streams.pop(request_id, None) is not None:
-            command = worker_pb2.AbortCommand(request_id=request_id)
+        if self._streams.pop(stream.worker_request_id, None) is not None:
+            command = worker_pb2.AbortCommand(request_id=stream.worker_request_id)
             self._commands.put_nowait(worker_pb2.RunRequest(abort=command))
 
     async def close(self) -> None:
@@ -72,12 +72,12 @@ class WorkerLink:
                 reason = error.details() or error.code().name
             finally:
                 self.load = None
+                for stream in self._streams.values():
+                    stream.fail(UnavailableError(f"attention worker {self.worker_id} was lost"))
+                self._streams.clear()
+                # Commands for the lost stream mean nothing to the next one.
+                self._commands = asyncio.Queue()
             logger.warning("lost attention worker %s: %s", self.worker_id, reason)
-            for stream in self._streams.values():
-                stream.fail(UnavailableError(f"attention worker {self.worker_id} was lost"))
-            self._streams.clear()
-            # Commands for the lost stream mean nothing to the next one.
-            self._commands = asyncio.Queue()
             await asyncio.sleep(_RECONNECT_S)
 
     async def _exchange(self, channel: grpc.aio.Channel) -> None:

@@ -16,6 +16,7 @@ from janus_server.experts.config import ExpertConfig
 from janus_server.experts.runner import ExpertRunner
 from janus_server.experts.weights import load_layers
 from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.cpu import use_cpu
 from janus_server.model.weights import WeightReader, device_of, dtype_of
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _CLOSE_GRACE_S = 10.0
 
 async def main(config: ExpertConfig, stop: asyncio.Event) -> None:
     """Serve as an expert worker until the attention workers close, or `stop` and a grace."""
-    torch.set_num_threads(config.threads)
+    use_cpu(config.threads)
     checkpoint = Checkpoint.open(config.model.checkpoint)
     control = ControlClient(config.controller)
     try:

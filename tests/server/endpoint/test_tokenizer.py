@@ -1,0 +1,148 @@
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from janus_server.endpoint.tokenizer import Detokenizer, Tokenizer
+from janus_server.errors import CheckpointError
+
+TEXT = """Der Löwe 🦁 trifft 東京 und 👩‍👩‍👧‍👦; naïve café — “quoted”.
+    def f(x):\n\treturn x ** 2  # ∀x∈∅
+Привет, мир! 🏳️‍🌈 नमस्ते \ufffd is itself a character. ok"""
+
+
+def trained() -> Library:
+    """A byte-level BPE with merges inside and across words, and a special token."""
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|end|>"],
+        show_progress=False,
+    )
+    library.train_from_iterator([TEXT] * 3, trainer)
+    return library
+
+
+def with_metaspace() -> Library:
+    """Decodes as SentencePiece models do: the space before a word depends on the token before."""
+    words = ["▁", "▁one", "▁two", "th", "ree", "<0xF0>", "<0x9F>", "<0xA6>", "<0x81>"]
+    library = Library(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
+    library.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    library.add_special_tokens(["<s>"])
+    return library
+
+
+BYTE_LEVEL = trained()
+METASPACE = with_metaspace()
+
+
+def stream(library: Library, token_ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(library)
+    return [*(detokenizer.feed([one]) for one in token_ids), detokenizer.finish()]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Iterator[Tokenizer]:
+    BYTE_LEVEL.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    yield tokenizer
+    tokenizer.close()
+
+
+def test_text_comes_back_in_whole_characters(tokenizer: Tokenizer) -> None:
+    token_ids = asyncio.run(tokenizer.encode(TEXT))
+    assert len(token_ids) > 100
+    pieces = stream(BYTE_LEVEL, token_ids)
+    assert "".join(pieces) == TEXT
+    # Only the replacement character that is in the text itself is ever shown.
+    assert "".join(pieces[:-1]).count("\ufffd") == 1
+    assert pieces[-1] == ""
+
+
+def test_an_emoji_waits_for_its_last_byte() -> None:
+    token_ids = BYTE_LEVEL.encode("🐙").ids
+    assert len(token_ids) > 1
+    assert stream(BYTE_LEVEL, token_ids) == [*[""] * (len(token_ids) - 1), "🐙", ""]
+    assert stream(BYTE_LEVEL, token_ids[:-1])[-1].startswith("\ufffd")
+
+
+@given(st.text(max_size=30))
+def test_any_text_comes_back(text: str) -> None:
+    assert "".join(stream(BYTE_LEVEL, BYTE_LEVEL.encode(text).ids)) == text
+
+
+# Some ids are beyond the vocabulary, as in models whose embedding is padded.
+@given(st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() + 3), max_size=40))
+def test_deltas_are_the_decoding_of_all_ids(token_ids: list[int]) -> None:
+    assert "".join(stream(BYTE_LEVEL, token_ids)) == BYTE_LEVEL.decode(token_ids)
+
+
+# Words, a special and an unknown token, and an emoji of four byte tokens.
+@given(st.lists(st.sampled_from([[0], [1], [2], [3], [4], [9], [99], [5, 6, 7, 8]]), max_size=40))
+def test_deltas_of_a_metaspace_tokenizer(words: list[list[int]]) -> None:
+    token_ids = [one for word in words for one in word]
+    assert "".join(stream(METASPACE, token_ids)) == METASPACE.decode(token_ids)
+
+
+class Counting:
+    """Notes how many ids are decoded at once at most."""
+
+    most = 0
+
+    def decode(self, token_ids: list[int]) -> str:
+        self.most = max(self.most, len(token_ids))
+        return BYTE_LEVEL.decode(token_ids)
+
+
+@pytest.mark.parametrize("token_id", [0, 10_000], ids=["special", "unknown"])
+def test_ids_without_text_do_not_pile_up(token_id: int) -> None:
+    counting = Counting()
+    detokenizer = Detokenizer(counting)
+    assert detokenizer.feed(BYTE_LEVEL.encode("on").ids) == "on"
+    for _ in range(500):
+        assert detokenizer.feed([token_id]) == ""
+    assert detokenizer.feed(BYTE_LEVEL.encode(" and").ids) == " and"
+    assert counting.most < 100
+
+
+def test_endless_halves_of_characters_are_shown_at_last() -> None:
+    half = BYTE_LEVEL.encode("🐙").ids[:1]
+    pieces = stream(BYTE_LEVEL, half * 200)
+    assert "".join(pieces) == "\ufffd" * 200
+    assert max(map(len, pieces)) < 100
+
+
+def test_a_whole_delta_at_once(tokenizer: Tokenizer) -> None:
+    detokenizer = tokenizer.detokenizer()
+    assert detokenizer.feed(BYTE_LEVEL.encode(TEXT).ids) == TEXT
+    assert detokenizer.finish() == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe", b'{"model": 3}'])
+def test_a_broken_file(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is not a usable tokenizer") as raised:
+        Tokenizer(path)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        Tokenizer(tmp_path / "tokenizer.json")

@@ -1,0 +1,137 @@
+import contextlib
+from pathlib import Path
+
+import grpc
+
+from janus_proto.v1 import control_pb2, inference_pb2, worker_pb2
+from tests.fakes.attention_worker import FakeAttentionWorker
+from tests.fakes.endpoint import (
+    CALL_S,
+    Endpoint,
+    begin,
+    finished,
+    ids,
+    refused,
+    refused_request,
+    running_endpoint,
+    start_worker,
+    until,
+    within_deadline,
+)
+
+LENGTH = inference_pb2.FINISH_REASON_LENGTH
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+NOT_READY = (UNAVAILABLE, "the workers are not ready yet")
+LOST = (UNAVAILABLE, "attention worker attention-0 was lost")
+
+
+async def check_that_it_serves(endpoint: Endpoint) -> None:
+    call, submit = await begin(endpoint)
+    endpoint.worker.put(submit, ids("ok"), LENGTH)
+    assert (await finished(call)).text == "ok"
+
+
+def test_a_broken_stream_fails_its_requests_and_is_made_again(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with running_endpoint(tmp_path) as endpoint:
+            calls = [(await begin(endpoint))[0] for _ in range(2)]
+            endpoint.worker.break_stream()
+            for call in calls:
+                assert await refused(call) == LOST
+            assert await refused_request(endpoint) == NOT_READY
+            await until(lambda: endpoint.pool.is_ready)
+            await check_that_it_serves(endpoint)
+            # The new stream knows nothing of the requests of the old one.
+            assert endpoint.worker.aborts.empty()
+
+    within_deadline(check())
+
+
+def test_requests_of_a_worker_that_left_the_epoch_fail(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with running_endpoint(tmp_path) as endpoint:
+            call, _ = await begin(endpoint)
+            await endpoint.control.publish()
+            assert await refused(call) == LOST
+            assert await refused_request(endpoint) == NOT_READY
+            await endpoint.control.publish(endpoint.worker_entry)
+            await until(lambda: endpoint.pool.is_ready)
+            await check_that_it_serves(endpoint)
+
+    within_deadline(check())
+
+
+def test_a_request_outlives_an_epoch_that_keeps_its_worker(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with running_endpoint(tmp_path) as endpoint:
+            call, submit = await begin(endpoint)
+            await endpoint.control.publish(endpoint.worker_entry)
+            await until(lambda: endpoint.pool.epoch.number == 2)
+            endpoint.worker.put(submit, ids("ok"), LENGTH)
+            assert (await finished(call)).text == "ok"
+
+    within_deadline(check())
+
+
+def test_every_worker_must_be_ready(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with running_endpoint(tmp_path) as endpoint:
+            expert = control_pb2.Worker(worker_id="expert-0", ready=False)
+            await endpoint.control.publish(endpoint.worker_entry, expert_workers=[expert])
+            await until(lambda: not endpoint.pool.is_ready)
+            assert await refused_request(endpoint) == NOT_READY
+            expert.ready = True
+            await endpoint.control.publish(endpoint.worker_entry, expert_workers=[expert])
+            await until(lambda: endpoint.pool.is_ready)
+            await check_that_it_serves(endpoint)
+
+    within_deadline(check())
+
+
+def test_a_worker_that_cannot_be_reached_is_not_ready(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with running_endpoint(tmp_path) as endpoint:
+            nobody = control_pb2.Worker(worker_id="w", address="127.0.0.1:1", ready=True)
+            await endpoint.control.publish(endpoint.worker_entry, nobody)
+            await until(lambda: not endpoint.pool.is_ready)
+            assert await refused_request(endpoint) == NOT_READY
+
+    within_deadline(check())
+
+
+def test_requests_go_where_the_fewest_are(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            endpoint = await stack.enter_async_context(running_endpoint(tmp_path))
+            other = FakeAttentionWorker()
+            entry = await start_worker("attention-1", other, stack)
+            await endpoint.control.publish(endpoint.worker_entry, entry)
+            await until(lambda: endpoint.pool.epoch.number == 2 and endpoint.pool.is_ready)
+            generate = endpoint.stub.Generate
+            request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[1]))
+            calls = [generate(request, timeout=CALL_S) for _ in range(4)]
+            for worker in (endpoint.worker, other):
+                for _ in range(2):
+                    worker.put(await worker.submits.get(), ids("ok"), LENGTH)
+            for call in calls:
+                assert (await finished(call)).text == "ok"
+
+    within_deadline(check())
+
+
+def test_a_small_kv_pool_bounds_the_context(tmp_path: Path) -> None:
+    async def check() -> None:
+        load = worker_pb2.EngineLoad(num_blocks=1, block_size=16)
+        async with running_endpoint(tmp_path, load=load) as endpoint:
+            info = await endpoint.stub.GetModelInfo(
+                inference_pb2.GetModelInfoRequest(), timeout=CALL_S
+            )
+            # The last token is never fed.
+            assert info.max_context == 17
+            code, sentence = await refused_request(endpoint, prompt=[1] * 17)
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert "up to 16" in sentence
+            _, submit = await begin(endpoint, prompt=[1] * 16)
+            assert submit.sampling.max_tokens == 1
+
+    within_deadline(check())

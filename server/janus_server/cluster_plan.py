@@ -15,6 +15,7 @@ from janus_server.grpc_server import check_can_listen
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import context_limit
 from janus_server.monolith.config import MonolithConfig
+from janus_server.process import ProcessConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +68,9 @@ def controller_config(config: ServeConfig) -> ControllerConfig:
     pools = config.pools
     if config.transport == "local":
         pools = PoolConfig(attention_workers=pools.attention_workers, expert_workers=0)
-    return ControllerConfig(model=config.model, pools=pools, comm=config.comm, lifeline=True)
+    return ControllerConfig(
+        model=config.model, pools=pools, comm=config.comm, process=_process_config(config)
+    )
 
 
 def endpoint_config(config: ServeConfig, controller: str) -> EndpointConfig:
@@ -78,8 +81,12 @@ def endpoint_config(config: ServeConfig, controller: str) -> EndpointConfig:
         comm=config.comm,
         controller=controller,
         max_context=config.engine.max_context,
-        lifeline=True,
+        process=_process_config(config),
     )
+
+
+def _process_config(config: ServeConfig) -> ProcessConfig:
+    return ProcessConfig(log_level=config.log_level, lifeline=True)
 
 
 def worker_processes(
@@ -110,7 +117,7 @@ def _attention_process(config: ServeConfig, controller: str, device_index: int) 
         controller=controller,
         device_index=device_index,
         threads=config.threads,
-        lifeline=True,
+        process=_process_config(config),
     )
     if config.transport == "local":
         monolith = MonolithConfig(attention=attention, expert_workers=config.pools.expert_workers)
@@ -133,7 +140,7 @@ def _expert_process(config: ServeConfig, controller: str, device_index: int) -> 
         controller=controller,
         device_index=device_index,
         threads=config.threads,
-        lifeline=True,
+        process=_process_config(config),
     )
     return WorkerProcess(
         name="expert worker", module="janus_server.experts", argv=tuple(to_argv(expert))

@@ -8,6 +8,7 @@ from janus_server.comm.config import CommConfig
 from janus_server.controller.config import PoolConfig
 from janus_server.endpoint.config import AdmissionConfig
 from janus_server.model.config import ModelConfig
+from janus_server.telemetry import LogLevel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,3 +32,6 @@ class ServeConfig:
 
     threads: int = 1
     """CPU threads of each worker process."""
+
+    log_level: LogLevel = "warning"
+    """Least severe kind of event that the processes log, on standard error; info: each request."""

@@ -29,7 +29,7 @@ def command(argv: Sequence[str]) -> int:
     Returns 0 after an orderly end; raises JanusError where it cannot start or a process is lost.
     """
     config = parse(ServeConfig, argv, prog="janus serve")
-    configure_logging("serve", "WARNING")
+    configure_logging("serve", config.log_level)
     check_config(config)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve_until_signal(config))

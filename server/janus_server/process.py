@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import uvloop
 
 from janus_server import command_line
 from janus_server.errors import JanusError
-from janus_server.telemetry import configure_logging
+from janus_server.telemetry import LogLevel, configure_logging
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +29,23 @@ LIFELINE_GRACE_S = 20.0
 _ANNOUNCEMENT = "listening "
 
 
-class ProcessConfig(Protocol):
-    """What the configuration of every process has."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessConfig:
+    """Process."""
 
+    log_level: LogLevel = "info"
+    """Least severe kind of event that is logged."""
+
+    lifeline: bool = False
+    """Exit when standard input closes, so that the process never outlives its parent."""
+
+
+class _HasProcessConfig(Protocol):
     @property
-    def lifeline(self) -> bool:
-        """Whether to stop when standard input closes."""
-        ...
+    def process(self) -> ProcessConfig: ...
 
 
-ConfigT = TypeVar("ConfigT", bound=ProcessConfig)
+ConfigT = TypeVar("ConfigT", bound=_HasProcessConfig)
 
 
 def run(
@@ -55,6 +63,7 @@ def run(
     try:
         prog = f"python -m janus_server.{name}"
         config = command_line.parse(cls, sys.argv[1:] if argv is None else argv, prog=prog)
+        configure_logging(name, config.process.log_level)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run_until_stopped(config, main))
     except (JanusError, BaseExceptionGroup) as error:
@@ -86,7 +95,7 @@ async def _run_until_stopped(
     loop = asyncio.get_running_loop()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signal_number, stop.set)
-    if config.lifeline:
+    if config.process.lifeline:
         threading.Thread(
             target=_watch_lifeline, args=(loop, stop), name="lifeline", daemon=True
         ).start()

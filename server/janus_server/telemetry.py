@@ -2,13 +2,17 @@
 
 import logging
 import sys
+from typing import Literal
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+"""Least severe kind of event that is logged."""
 
 
-def configure_logging(process: str, level: str = "INFO") -> None:
+def configure_logging(process: str, level: LogLevel = "info") -> None:
     """Send the log of this process, named `process` in each line, to standard error."""
     logging.basicConfig(
         stream=sys.stderr,
-        level=level,
+        level=level.upper(),
         format=f"%(asctime)s %(levelname)s {process} %(name)s: %(message)s",
         force=True,
     )

@@ -20,6 +20,7 @@ from janus_server.errors import CheckpointError, ConfigError
 from janus_server.experts.config import ExpertConfig
 from janus_server.model.config import ModelConfig
 from janus_server.monolith.config import MonolithConfig
+from janus_server.process import ProcessConfig
 from tests.conftest import CheckpointFactory
 
 CONTROLLER = "127.0.0.1:5"
@@ -88,7 +89,7 @@ def test_each_process_is_handed_its_part(config: ServeConfig) -> None:
     pools = PoolConfig(attention_workers=2, expert_workers=3)
     config = dataclasses.replace(config, engine=engine, pools=pools, threads=4)
     controller = controller_config(config)
-    assert (controller.pools, controller.lifeline) == (pools, True)
+    assert (controller.pools, controller.process.lifeline) == (pools, True)
     endpoint = endpoint_config(config, CONTROLLER)
     assert (endpoint.controller, endpoint.max_context) == (CONTROLLER, 100)
     workers = worker_processes(config, CONTROLLER, num_devices=1)
@@ -99,10 +100,14 @@ def test_each_process_is_handed_its_part(config: ServeConfig) -> None:
         comm=config.comm,
         controller=CONTROLLER,
         threads=4,
-        lifeline=True,
+        process=ProcessConfig(log_level="warning", lifeline=True),
     )
     assert parse(ExpertConfig, workers[-1].argv, prog="p") == ExpertConfig(
-        model=config.model, comm=config.comm, controller=CONTROLLER, threads=4, lifeline=True
+        model=config.model,
+        comm=config.comm,
+        controller=CONTROLLER,
+        threads=4,
+        process=ProcessConfig(log_level="warning", lifeline=True),
     )
 
 

@@ -13,6 +13,7 @@ from janus_server.controller.config import ControllerConfig, PoolConfig
 from janus_server.endpoint.config import AdmissionConfig
 from janus_server.errors import ConfigError
 from janus_server.model.config import ModelConfig
+from janus_server.process import ProcessConfig
 
 paths = st.text(min_size=1).filter(lambda text: text != "--" and "\0" not in text)
 amounts = st.floats(min_value=1e-9, max_value=1e9)
@@ -26,7 +27,7 @@ def test_a_config_survives_the_way_through_a_command_line(
         model=ModelConfig(checkpoint=checkpoint, dtype="fp32"),
         engine=EngineConfig(lanes=lanes, kv_cache_gib=kv_cache_gib),
         controller="127.0.0.1:5",
-        lifeline=lifeline,
+        process=ProcessConfig(lifeline=lifeline),
     )
     assert parse(AttentionConfig, to_argv(config), prog="p") == config
 
@@ -34,7 +35,7 @@ def test_a_config_survives_the_way_through_a_command_line(
 def test_a_flag_may_follow_the_written_command_line() -> None:
     config = ControllerConfig(model=ModelConfig(checkpoint="folder"))
     parsed = parse(ControllerConfig, [*to_argv(config), "--lifeline"], prog="p")
-    assert parsed == dataclasses.replace(config, lifeline=True)
+    assert parsed == dataclasses.replace(config, process=ProcessConfig(lifeline=True))
 
 
 def write(folder: Path, text: str) -> str:
@@ -86,7 +87,7 @@ def test_a_later_file_wins_over_an_earlier_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "expected"), [("false", False), ("true", True)])
 def test_a_boolean_key(tmp_path: Path, text: str, expected: bool) -> None:
     path = write(tmp_path, f"lifeline = {text}")
-    assert parse(ControllerConfig, ["x", "--config", path], prog="p").lifeline is expected
+    assert parse(ControllerConfig, ["x", "--config", path], prog="p").process.lifeline is expected
 
 
 @pytest.mark.parametrize(

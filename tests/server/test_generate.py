@@ -21,7 +21,7 @@ async def begin(
     endpoint: Endpoint, *flags: str
 ) -> tuple[asyncio.Task[int], worker_pb2.SubmitCommand]:
     """`janus generate`, which blocks, in a thread; and what reaches the worker of it."""
-    argv = [*flags, "--endpoint", endpoint.address, "--timeout-s", "15"]
+    argv = [*flags, "--endpoint", endpoint.address, "--timeout-s", "60"]
     running = asyncio.create_task(asyncio.to_thread(command, argv))
     return running, await endpoint.worker.submits.get()
 

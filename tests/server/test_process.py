@@ -9,9 +9,10 @@ from janus_server.process import announced_address
 
 PREAMBLE = """
 import asyncio, sys, time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from janus_server import process
 from janus_server.errors import ConfigError
+from janus_server.process import ProcessConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
@@ -19,8 +20,7 @@ class Config:
 
     number: int = 1
     '''A number.'''
-    lifeline: bool = False
-    '''Whether to end with the parent.'''
+    process: ProcessConfig = field(default_factory=ProcessConfig)
 """
 
 ENDING = """

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from janus_server.comm.config import CommConfig
 from janus_server.model.config import ModelConfig
+from janus_server.process import ProcessConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,7 @@ class AttentionConfig:
     model: ModelConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
     comm: CommConfig = field(default_factory=CommConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
 
     controller: str
     """HOST:PORT of the controller."""
@@ -48,6 +50,3 @@ class AttentionConfig:
 
     threads: int = 1
     """CPU threads of the worker."""
-
-    lifeline: bool = False
-    """Exit when standard input closes, so that the process never outlives its parent."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from janus_server.comm.config import CommConfig
 from janus_server.model.config import ModelConfig
+from janus_server.process import ProcessConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +28,7 @@ class ControllerConfig:
     model: ModelConfig
     pools: PoolConfig = field(default_factory=PoolConfig)
     comm: CommConfig = field(default_factory=CommConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
 
     listen: str = "127.0.0.1:0"
     """HOST:PORT of the control service; port 0 takes a free one."""
-
-    lifeline: bool = False
-    """Exit when standard input closes, so that the process never outlives its parent."""

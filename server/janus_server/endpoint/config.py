@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from janus_server.comm.config import CommConfig
 from janus_server.model.config import ModelConfig
+from janus_server.process import ProcessConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,12 +28,10 @@ class EndpointConfig:
     model: ModelConfig
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     comm: CommConfig = field(default_factory=CommConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
 
     controller: str
     """HOST:PORT of the controller."""
 
     max_context: int = 0
     """Longest prompt plus completion, in tokens; 0: what the model was trained for."""
-
-    lifeline: bool = False
-    """Exit when standard input closes, so that the process never outlives its parent."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from janus_server.comm.config import CommConfig
 from janus_server.model.config import ModelConfig
+from janus_server.process import ProcessConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,6 +13,7 @@ class ExpertConfig:
 
     model: ModelConfig
     comm: CommConfig = field(default_factory=CommConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
 
     controller: str
     """HOST:PORT of the controller."""
@@ -21,6 +23,3 @@ class ExpertConfig:
 
     threads: int = 1
     """CPU threads of the worker."""
-
-    lifeline: bool = False
-    """Exit when standard input closes, so that the process never outlives its parent."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from janus_server.attention.config import AttentionConfig
+from janus_server.process import ProcessConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,6 +16,6 @@ class MonolithConfig:
     """Shares that the experts are split into, as separate expert workers would."""
 
     @property
-    def lifeline(self) -> bool:
-        """Whether to exit when standard input closes."""
-        return self.attention.lifeline
+    def process(self) -> ProcessConfig:
+        """What every process has."""
+        return self.attention.process

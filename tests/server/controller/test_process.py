@@ -16,7 +16,7 @@ from janus_server.command_line import to_argv
 from janus_server.controller.config import ControllerConfig, PoolConfig
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import ModelConfig
-from janus_server.process import announced_address
+from janus_server.process import ProcessConfig, announced_address
 from tests.conftest import CheckpointFactory
 
 pytestmark = pytest.mark.e2e
@@ -118,7 +118,7 @@ async def main():
 
 asyncio.run(main())
 """
-    argv = to_argv(ControllerConfig(model=model, lifeline=True))
+    argv = to_argv(ControllerConfig(model=model, process=ProcessConfig(lifeline=True)))
     parent = subprocess.Popen(
         [sys.executable, "-c", program, *argv], stdout=subprocess.PIPE, text=True
     )

@@ -110,9 +110,10 @@ def test_requests_go_where_the_fewest_are(tmp_path: Path) -> None:
             generate = endpoint.stub.Generate
             request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[1]))
             calls = [generate(request, timeout=CALL_S) for _ in range(4)]
-            for worker in (endpoint.worker, other):
-                for _ in range(2):
-                    worker.put(await worker.submits.get(), ids("ok"), LENGTH)
+            workers = (endpoint.worker, endpoint.worker, other, other)
+            submits = [await worker.submits.get() for worker in workers]
+            for worker, submit in zip(workers, submits, strict=True):
+                worker.put(submit, ids("ok"), LENGTH)
             for call in calls:
                 assert (await finished(call)).text == "ok"
 

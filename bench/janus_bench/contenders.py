@@ -214,6 +214,7 @@ def _group(store_address: str, rank: int) -> GroupConfig:
         num_attention=1,
         num_experts=1,
         timeout_s=_TIMEOUT_S,
+        join_timeout_s=_TIMEOUT_S,
     )
 
 

@@ -57,8 +57,8 @@ class OfflineConfig:
     experts_implementations: tuple[str, ...] = ("grouped_mm", "eager")
     """Of transformers; each is a contender. An empty tuple leaves transformers out."""
 
-    lanes: int = 1
-    """Micro-batches of Janus' steps."""
+    lanes: tuple[int, ...] = (1, 2)
+    """Micro-batches of a step over gloo; each number is a contender."""
 
     output: str = ""
     """JSON file for the result; empty: offline-cpu.json beside the committed results."""
@@ -97,7 +97,6 @@ def _contenders(config: OfflineConfig, checkpoint: str, dtype: str) -> list[Cont
         checkpoint=checkpoint,
         dtype=dtype,
         threads=config.threads,
-        lanes=config.lanes,
     )
     return [
         *(
@@ -105,7 +104,7 @@ def _contenders(config: OfflineConfig, checkpoint: str, dtype: str) -> list[Cont
             for one in config.experts_implementations
         ),
         plain,
-        dataclasses.replace(plain, name="gloo"),
+        *(dataclasses.replace(plain, name="gloo", lanes=lanes) for lanes in config.lanes),
     ]
 
 
@@ -137,15 +136,21 @@ def _measure(
                     )
                     measured.append(contender.run(prompts, config.new_tokens))
                     progress.advance(task)
+            local = next(
+                measured[0]
+                for contender, measured in zip(contenders, timings, strict=True)
+                if contender.config.name == "local"
+            )
             rows += [
-                _row(config, contender.config, batch, measured[1:], timings[-1][0])
+                _row(config, contender.config, batch, measured[1:], local)
                 for contender, measured in zip(contenders, timings, strict=True)
             ]
     return rows
 
 
 def _label(config: ContenderConfig) -> str:
-    return f"{config.name} {config.experts_implementation}".strip()
+    lanes = f"{config.lanes} lanes" if config.lanes > 1 else ""
+    return f"{config.name} {config.experts_implementation}{lanes}".strip()
 
 
 def _row(
@@ -172,7 +177,7 @@ def _row(
         "end_to_end_tokens_per_s": round(statistics.median(whole), 1),
         "decode_rounds": [round(value, 1) for value in decode],
         # Random weights in bf16 leave near-ties: continuations drift apart after the first flip.
-        "same_tokens_as_gloo": round(sum(pairs) / len(pairs), 3),
+        "same_tokens_as_local": round(sum(pairs) / len(pairs), 3),
     }
 
 
@@ -199,7 +204,7 @@ def _ratio(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
     against = {
         "local": [one for one in alike if one["contender"].startswith("transformers")],
         "gloo": [one for one in alike if one["contender"] == "local"],
-    }.get(row["contender"], [])
+    }.get(row["contender"].partition(" ")[0], [])
     if not against:
         return ""
     best = max(against, key=lambda one: float(one["decode_tokens_per_s"]))

@@ -51,6 +51,7 @@ def group_configs(
             num_attention=num_attention,
             num_experts=num_experts,
             timeout_s=timeout_s,
+            join_timeout_s=timeout_s,
         )
         for rank in range(num_attention + num_experts)
     ]

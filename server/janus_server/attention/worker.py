@@ -35,7 +35,7 @@ async def main(config: AttentionConfig, stop: asyncio.Event) -> None:
     """Serve as an attention worker that meets its experts over gloo."""
 
     def join(epoch: control_pb2.Epoch, worker_id: str) -> ExpertPool:
-        group = group_config(epoch, worker_id, timeout_s=config.comm.comm_timeout_s)
+        group = group_config(epoch, worker_id, config.comm)
         return GlooExpertPool(join_group(group), group)
 
     await serve(config, stop, Checkpoint.open(config.model.checkpoint), join)

@@ -6,6 +6,7 @@ import numpy as np
 
 from janus_proto.v1 import control_pb2
 from janus_scheduler.placement import Placement
+from janus_server.comm.config import CommConfig
 from janus_server.errors import UnavailableError
 
 
@@ -24,7 +25,9 @@ class GroupConfig:
     num_experts: int
     """Expert workers of the epoch."""
     timeout_s: float
-    """Deadline of every wait for a peer."""
+    """Deadline of every wait for a peer within a step."""
+    join_timeout_s: float
+    """Deadline of the wait for all others to have loaded and come."""
 
     @property
     def expert_ranks(self) -> range:
@@ -32,7 +35,7 @@ class GroupConfig:
         return range(self.num_attention, self.num_attention + self.num_experts)
 
 
-def group_config(epoch: control_pb2.Epoch, worker_id: str, *, timeout_s: float) -> GroupConfig:
+def group_config(epoch: control_pb2.Epoch, worker_id: str, comm: CommConfig) -> GroupConfig:
     """The place of `worker_id` in the epoch's group."""
     return GroupConfig(
         store_address=epoch.store_address,
@@ -40,7 +43,8 @@ def group_config(epoch: control_pb2.Epoch, worker_id: str, *, timeout_s: float) 
         rank=member(epoch, worker_id).rank,
         num_attention=len(epoch.attention_workers),
         num_experts=len(epoch.expert_workers),
-        timeout_s=timeout_s,
+        timeout_s=comm.comm_timeout_s,
+        join_timeout_s=comm.startup_timeout_s,
     )
 
 

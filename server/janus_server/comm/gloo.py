@@ -53,14 +53,16 @@ def join_group(config: GroupConfig) -> Group:
     options = gloo._Options()
     options._timeout = timedelta(seconds=config.timeout_s)
     options._devices = [gloo.create_device(hostname=_own_address(host, int(port)))]
+    size = config.num_attention + config.num_experts
+    join_timeout = timedelta(seconds=config.join_timeout_s)
     with _peer_errors(f"while the group {config.prefix} was forming"):
-        store = dist.TCPStore(host, int(port), timeout=timedelta(seconds=config.timeout_s))
-        group: Group = gloo(
-            dist.PrefixStore(config.prefix, store),
-            config.rank,
-            config.num_attention + config.num_experts,
-            options,
+        store = dist.PrefixStore(
+            config.prefix, dist.TCPStore(host, int(port), timeout=join_timeout)
         )
+        # Gloo has one timeout for all: it would bound the loading of weights as well.
+        store.set(f"arrived-{config.rank}", "")
+        store.wait([f"arrived-{rank}" for rank in range(size)], join_timeout)
+        group: Group = gloo(store, config.rank, size, options)
     return group
 
 

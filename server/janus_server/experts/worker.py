@@ -48,7 +48,7 @@ async def _serve_epoch(
     config: ExpertConfig, checkpoint: Checkpoint, control: ControlClient, worker_id: str
 ) -> None:
     epoch = await wait_for_epoch(control, timeout_s=config.comm.startup_timeout_s)
-    group = group_config(epoch, worker_id, timeout_s=config.comm.comm_timeout_s)
+    group = group_config(epoch, worker_id, config.comm)
     device, dtype = device_of(config.model, config.device_index), dtype_of(config.model)
 
     def load() -> ExpertRunner:

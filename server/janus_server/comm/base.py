@@ -23,6 +23,8 @@ class DispatchHandle:
 
     layer: int
     lane: int
+    sent_TH: torch.Tensor
+    """What was sent: the transport may read from it until `pending` is done."""
     partials_WTH: torch.Tensor
     """[expert workers, tokens, hidden]; complete once `pending` is done."""
     pending: Sequence["PendingTransfer"]

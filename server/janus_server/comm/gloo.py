@@ -86,12 +86,15 @@ class GlooExpertPool:
         sent_TH = hidden_TH.to("cpu").contiguous()
         partials_WTH = sent_TH.new_empty(len(self._experts), *sent_TH.shape)
         with _peer_errors("while dispatching"):
-            pending: list[PendingTransfer] = [
+            pending = [self._group.send([sent_TH], rank, tag) for rank in self._experts]
+            # Posted while the experts compute.
+            pending += [
                 self._group.recv([partial_TH], rank, tag)
                 for partial_TH, rank in zip(partials_WTH, self._experts, strict=True)
             ]
-            pending += [self._group.send([sent_TH], rank, tag) for rank in self._experts]
-        return DispatchHandle(layer=layer, lane=lane, partials_WTH=partials_WTH, pending=pending)
+        return DispatchHandle(
+            layer=layer, lane=lane, sent_TH=sent_TH, partials_WTH=partials_WTH, pending=pending
+        )
 
     def combine(self, handle: DispatchHandle) -> torch.Tensor:
         """Wait for all partial results and add them up, fp32 [T, H], on the CPU."""
@@ -174,24 +177,28 @@ class GlooAttentionPool:
         ]
         # One receive ahead in each lane: an attention worker has at most that many on their way.
         posted = deque(self._post(layout, *unit) for unit in units[: layout.num_lanes])
-        sent: deque[PendingTransfer] = deque()
+        # Answers on their way; their tensors are kept while gloo reads from them.
+        sent: deque[tuple[PendingTransfer, torch.Tensor]] = deque()
         for index, (layer, lane) in enumerate(units):
             hidden_TH, arrivals = posted.popleft()
             with _peer_errors(f"while waiting for the tokens of layer {layer}"):
                 for arrival in arrivals:
                     arrival.wait()
             partial_TH = ffn(layer, hidden_TH.to(self._device)).to("cpu")
-            if index + layout.num_lanes < len(units):
-                posted.append(self._post(layout, *units[index + layout.num_lanes]))
             participants = layout.tokens_of(lane)
             parts = torch.split(partial_TH, [tokens for _, tokens in participants])
             with _peer_errors(f"while answering layer {layer}"):
                 for (rank, _), part_TH in zip(participants, parts, strict=True):
-                    sent.append(self._group.send([part_TH], rank, _data_tag(layer, lane)))
+                    transfer = self._group.send([part_TH], rank, _data_tag(layer, lane))
+                    sent.append((transfer, part_TH))
+            # After the answer, for which the attention worker waits before it sends more.
+            if index + layout.num_lanes < len(units):
+                posted.append(self._post(layout, *units[index + layout.num_lanes]))
+            with _peer_errors(f"while answering layer {layer}"):
                 while len(sent) > layout.num_lanes * len(layout.lane_tokens):
-                    sent.popleft().wait()
+                    sent.popleft()[0].wait()
         with _peer_errors("while answering the last layer"):
-            for transfer in sent:
+            for transfer, _ in sent:
                 transfer.wait()
 
     def _post(

@@ -20,7 +20,11 @@ class LocalExpertPool:
         """Compute every worker's share at once."""
         partials = [worker(layer, hidden_TH) for worker in self._workers]
         return DispatchHandle(
-            layer=layer, lane=lane, partials_WTH=torch.stack(partials), pending=()
+            layer=layer,
+            lane=lane,
+            sent_TH=hidden_TH,
+            partials_WTH=torch.stack(partials),
+            pending=(),
         )
 
     def combine(self, handle: DispatchHandle) -> torch.Tensor:

@@ -106,6 +106,10 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
                 submit = request.submit
                 if submit.request_id in self._outbox_of:
                     logger.error("refused a second request with the id %s", submit.request_id)
+                    ended = _ended_output(submit.request_id)
+                    outbox.put_nowait(
+                        worker_pb2.RunResponse(outputs=[ended], load=_load(engine.load()))
+                    )
                     continue
                 self._outbox_of[submit.request_id] = outbox
                 engine.submit(submit.request_id, tuple(submit.prompt_ids), _params(submit.sampling))

@@ -8,6 +8,7 @@ data can come: gloo then saves a round trip.
 """
 
 import queue
+import re
 import socket
 import threading
 from collections import deque
@@ -31,6 +32,9 @@ from janus_server.comm.sequencing import Announcement, StepLayout, StepSequencer
 from janus_server.errors import PeerLostError
 
 _CONTROL_TAG = 0
+_CPP_PLACE = re.compile(r"^\[[^\]]*\.cc:\d+\] ")
+_LISTENER_GRACE_S = 1.0
+"""How long listeners may take to notice the end, in seconds."""
 _ANNOUNCEMENT_WORDS = 2 + MAX_LANES
 
 
@@ -163,10 +167,13 @@ class GlooAttentionPool:
 
         Raises PeerLostError where one dies or stays silent past the deadline.
         """
-        while (layout := self._next_step()) is not None:
-            self._run_step(layout, ffn, layers)
-        for listener in self._listeners:
-            listener.join(self._config.timeout_s)
+        try:
+            while (layout := self._next_step()) is not None:
+                self._run_step(layout, ffn, layers)
+        finally:
+            # A thread that is still inside gloo would abort the interpreter's exit.
+            for listener in self._listeners:
+                listener.join(_LISTENER_GRACE_S)
 
     def _run_step(self, layout: StepLayout, ffn: PartialFfn, layers: Sequence[int]) -> None:
         units = [
@@ -302,6 +309,6 @@ def _peer_errors(when: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # torch's message goes on with a C++ trace from the second line.
-        reason = str(error).partition("\n")[0]
+        # Without the C++ file in front and the C++ trace behind.
+        reason = _CPP_PLACE.sub("", str(error).partition("\n")[0])
         raise PeerLostError(f"a peer of the group was lost {when}: {reason}") from error

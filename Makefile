@@ -43,14 +43,13 @@ proto: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-# Where Python already has a torch (as GPU machines do), the environment uses that one.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Janus needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
-	@if $(PYTHON) -c 'import torch' 2>/dev/null; then site=--system-site-packages; fi; \
-		$(PYTHON) -m venv $$site $(VENV)
+	$(PYTHON) -m venv $(VENV)
 
-# Without a GPU a plain `torch` would pull gigabytes of CUDA packages.
+# Without a GPU a plain `torch` would pull gigabytes of CUDA packages. A torch that is there, as in an
+# environment of your own named by VENV, is left alone.
 $(VENV)/.torch: | $(BIN)/python
 	@if $(BIN)/python -c 'import torch' 2>/dev/null; then \
 		echo "using the torch that is there"; \

@@ -15,7 +15,7 @@ from janus_server.comm.base import ExpertPool
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.comm.epoch import group_config
 from janus_server.comm.gloo import GlooExpertPool, join_group
-from janus_server.comm.lifecycle import run_until_stopped
+from janus_server.comm.lifecycle import in_daemon_thread, run_until_stopped
 from janus_server.grpc_server import start_server
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.cpu import use_cpu
@@ -98,9 +98,9 @@ async def _serve_epoch(
     def failed(error: Exception) -> None:
         loop.call_soon_threadsafe(fail, error)
 
-    engine = await asyncio.to_thread(load)
+    engine = await in_daemon_thread(load)
     epoch = await wait_for_epoch(control, timeout_s=config.comm.startup_timeout_s)
-    pool = await asyncio.to_thread(join, epoch, worker_id)
+    pool = await in_daemon_thread(lambda: join(epoch, worker_id))
     thread = EngineThread(
         engine,
         pool,

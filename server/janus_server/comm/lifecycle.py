@@ -1,10 +1,15 @@
 """Run a worker's part in an epoch until it is told to stop or loses its controller."""
 
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from janus_server.comm.control_client import ControlClient
 from janus_server.errors import PeerLostError
+
+T = TypeVar("T")
 
 
 async def run_until_stopped(
@@ -32,6 +37,30 @@ async def run_until_stopped(
         tasks["work"].result()
     if control.lost.is_set():
         raise PeerLostError(f"the controller at {control.address} does not answer any more")
+
+
+async def in_daemon_thread(work: Callable[[], T]) -> T:
+    """Run blocking `work`, such as loading or meeting peers, off the event loop.
+
+    Unlike the loop's own threads, this one keeps no process from ending when it is told to stop.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+        if not done.done():  # cancelled, as the worker was told to stop
+            set_outcome(outcome)
+
+    def run() -> None:
+        try:
+            outcome: tuple[Callable[[Any], None], Any] = (done.set_result, work())
+        except Exception as error:
+            outcome = (done.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, name="blocking work", daemon=True).start()
+    return await done
 
 
 async def _wait(event: asyncio.Event) -> None:

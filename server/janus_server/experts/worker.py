@@ -11,7 +11,7 @@ from janus_proto.v1 import control_pb2
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.comm.epoch import group_config, placement_of
 from janus_server.comm.gloo import GlooAttentionPool, join_group
-from janus_server.comm.lifecycle import run_until_stopped
+from janus_server.comm.lifecycle import in_daemon_thread, run_until_stopped
 from janus_server.experts.config import ExpertConfig
 from janus_server.experts.runner import ExpertRunner
 from janus_server.experts.weights import load_layers
@@ -65,8 +65,8 @@ async def _serve_epoch(
             device=device,
         )
 
-    runner = await asyncio.to_thread(load)
-    pool = await asyncio.to_thread(join)
+    runner = await in_daemon_thread(load)
+    pool = await in_daemon_thread(join)
     control.expert_load = lambda: expert_load(runner)
     control.set_ready(epoch.number)
     logger.info("%s serves epoch %d", worker_id, epoch.number)

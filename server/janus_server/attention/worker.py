@@ -55,14 +55,8 @@ async def serve(
     announce(server.address)
     control = ControlClient(config.controller)
     try:
-        worker_id = await control.register(
-            control_pb2.WORKER_ROLE_ATTENTION,
-            address=server.address,
-            fingerprint=checkpoint.fingerprint,
-            timeout_s=config.comm.startup_timeout_s,
-        )
         await run_until_stopped(
-            _serve_epoch(config, checkpoint, service, control, worker_id, join),
+            _serve_epoch(config, checkpoint, service, control, server.address, join),
             stop=stop,
             control=control,
         )
@@ -76,17 +70,17 @@ async def _serve_epoch(
     checkpoint: Checkpoint,
     service: AttentionWorkerService,
     control: ControlClient,
-    worker_id: str,
+    address: str,
     join: PoolFactory,
 ) -> None:
+    worker_id = await control.register(
+        control_pb2.WORKER_ROLE_ATTENTION,
+        address=address,
+        fingerprint=checkpoint.fingerprint,
+        timeout_s=config.comm.startup_timeout_s,
+    )
     loop = asyncio.get_running_loop()
     failure: asyncio.Future[None] = loop.create_future()
-
-    def load() -> Engine:
-        device = device_of(config.model, config.device_index)
-        with WeightReader(checkpoint, dtype=dtype_of(config.model), device=device) as reader:
-            weights = load_attention_weights(reader)
-        return Engine(checkpoint.spec, weights, config.engine)
 
     def publish(result: StepResult) -> None:
         loop.call_soon_threadsafe(service.publish, result)
@@ -98,7 +92,7 @@ async def _serve_epoch(
     def failed(error: Exception) -> None:
         loop.call_soon_threadsafe(fail, error)
 
-    engine = await in_daemon_thread(load)
+    engine = await in_daemon_thread(lambda: _load_engine(config, checkpoint))
     epoch = await wait_for_epoch(control, timeout_s=config.comm.startup_timeout_s)
     pool = await in_daemon_thread(lambda: join(epoch, worker_id))
     thread = EngineThread(
@@ -116,3 +110,10 @@ async def _serve_epoch(
         await failure
     finally:
         await asyncio.to_thread(thread.stop, _STOP_GRACE_S)
+
+
+def _load_engine(config: AttentionConfig, checkpoint: Checkpoint) -> Engine:
+    device = device_of(config.model, config.device_index)
+    with WeightReader(checkpoint, dtype=dtype_of(config.model), device=device) as reader:
+        weights = load_attention_weights(reader)
+    return Engine(checkpoint.spec, weights, config.engine)

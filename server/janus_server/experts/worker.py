@@ -31,22 +31,22 @@ async def main(config: ExpertConfig, stop: asyncio.Event) -> None:
     checkpoint = Checkpoint.open(config.model.checkpoint)
     control = ControlClient(config.controller)
     try:
-        worker_id = await control.register(
-            control_pb2.WORKER_ROLE_EXPERT,
-            address="",
-            fingerprint=checkpoint.fingerprint,
-            timeout_s=config.comm.startup_timeout_s,
-        )
         await run_until_stopped(
-            _serve_epoch(config, checkpoint, control, worker_id), stop=stop, control=control
+            _serve_epoch(config, checkpoint, control), stop=stop, control=control
         )
     finally:
         await control.close()
 
 
 async def _serve_epoch(
-    config: ExpertConfig, checkpoint: Checkpoint, control: ControlClient, worker_id: str
+    config: ExpertConfig, checkpoint: Checkpoint, control: ControlClient
 ) -> None:
+    worker_id = await control.register(
+        control_pb2.WORKER_ROLE_EXPERT,
+        address="",
+        fingerprint=checkpoint.fingerprint,
+        timeout_s=config.comm.startup_timeout_s,
+    )
     epoch = await wait_for_epoch(control, timeout_s=config.comm.startup_timeout_s)
     group = group_config(epoch, worker_id, config.comm)
     device, dtype = device_of(config.model, config.device_index), dtype_of(config.model)

@@ -11,6 +11,11 @@ from tests.fakes.checkpoints import write_checkpoint
 CheckpointFactory = Callable[..., Path]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     # Several workers share two cores in many tests.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from janus_scheduler.activation import ActivationCosts, Scheduling
 from janus_scheduler.placement import round_robin
 from janus_scheduler.request import SamplingParams
 from janus_server.attention.config import EngineConfig
@@ -237,8 +238,12 @@ def _expert_runner(checkpoint: Checkpoint, dtype: str) -> ExpertRunner:
     spec = checkpoint.spec
     placement = round_robin(moe_layers=spec.moe_layers, num_experts=spec.num_experts, num_workers=1)
     with WeightReader(checkpoint, dtype=DTYPES[dtype], device=_CPU) as reader:
-        return ExpertRunner(spec, load_layers(reader, placement, 0))
+        layers = load_layers(reader, placement, 0)
+    return ExpertRunner(spec, layers, worker=0, scheduling=_SCHEDULING)
 
+
+_SCHEDULING = Scheduling(policy="first", costs=ActivationCosts(expert_ps=1, pair_ps=1))
+"""One expert worker has no choice."""
 
 _RUNNERS: dict[str, Any] = {"transformers": _Transformers, "local": _Local, "gloo": _Gloo}
 

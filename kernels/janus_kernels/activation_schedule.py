@@ -1,16 +1,75 @@
 """Choose the replica that serves each activated expert.
 
-Shapes: T tokens, K experts of a token, E logical experts. Every expert worker computes the same
-choice from the same input, without a word between them; the choice never changes a token.
+Shapes: T tokens, K experts of a token, E logical experts, W expert workers, C expert slots of a
+worker. Every expert worker computes the same choice from the same input, without a word between
+them; the choice never changes a token. `janus_scheduler.activation` says what the policies do and
+is the oracle of the tests.
+
+Example: 2 workers of 2 slots, which hold experts [0, 1] and [2, 1]; a batch activates 0 and 1.
+slots_ER = [[0, -1], [1, 3], [2, -1]]. Worker 0 alone holds expert 0, so that `exact` sends expert 1
+to slot 3: tokens_WC = [[1, 0], [0, 1]] where `first` gives [[1, 1], [0, 0]].
 """
+
+from dataclasses import dataclass
 
 import torch
 
+from janus_kernels.activation_schedule_cpu import schedule_into
+from janus_kernels.replica_table import Policy, ReplicaTable
 
-def first_replica(topk_ids_TK: torch.Tensor, first_slot_E: torch.Tensor) -> torch.Tensor:
-    """The plain policy: always the first replica of an expert.
 
-    first_slot_E (int64) is the expert slot on this worker that holds the expert's first replica, -1
-    where another worker holds it. Returns slots_TK alike: -1 marks pairs that others compute.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationSchedule:
+    """The replica choice of one batch in one layer, on the device of the ids."""
+
+    slots_TK: torch.Tensor
+    """int32: the slot that computes each token-expert pair, numbered over all workers."""
+    counts: torch.Tensor
+    """int32 [W * C + W + 2]: the two below, a_max and a one, in one piece to be summed at once."""
+    tokens_WC: torch.Tensor
+    """Tokens of each slot."""
+    experts_W: torch.Tensor
+    """Distinct experts that each worker has to read."""
+
+
+def activation_schedule(
+    topk_ids_TK: torch.Tensor,
+    table: ReplicaTable,
+    policy: Policy,
+    *,
+    costs_ps: tuple[int, int] = (1, 1),
+    seed: int = 0,
+) -> ActivationSchedule:
+    """Choose the slot of each pair of topk_ids_TK (int64, distinct in a row).
+
+    costs_ps, for AUTO: picoseconds to read one more expert, and to compute one more pair. `seed`,
+    for RANDOM: 32 bits. Where no expert has a choice every policy is FIRST, which only looks up.
     """
-    return first_slot_E[topk_ids_TK]
+    if not table.has_choice:
+        policy = Policy.FIRST
+    num_slots = table.num_workers * table.slots_per_worker
+    slots_TK = torch.empty(topk_ids_TK.shape, dtype=torch.int32, device=topk_ids_TK.device)
+    counts = slots_TK.new_empty(num_slots + table.num_workers + 2)
+    if topk_ids_TK.device.type == "cpu":
+        schedule_into(
+            int(policy),
+            topk_ids_TK.numpy(),
+            table.slots_ER.numpy(),
+            table.num_replicas_E.numpy(),
+            table.slots_per_worker,
+            *costs_ps,
+            seed,
+            slots_TK.numpy(),
+            counts.numpy(),
+        )
+    else:
+        # Comes with builds of torch for GPUs only.
+        from janus_kernels.activation_schedule_triton import launch
+
+        launch(topk_ids_TK, table, policy, costs_ps, seed, slots_TK, counts)
+    return ActivationSchedule(
+        slots_TK=slots_TK,
+        counts=counts,
+        tokens_WC=counts[:num_slots].view(table.num_workers, table.slots_per_worker),
+        experts_W=counts[num_slots:-2],
+    )

@@ -1,7 +1,7 @@
 """Expert feed-forward over ragged groups: the tokens of each activated expert slot together.
 
 Shapes: T tokens, H hidden, F expert intermediate, K experts of a token, C expert slots of a worker,
-P token-expert pairs that this worker computes (P <= T*K).
+P token-expert pairs that this worker computes (P <= T*K). Slots are numbered over all workers.
 
 Weights are read where they lie, once for each activated slot: gathering them per token costs ten
 times the product itself.
@@ -18,34 +18,36 @@ def expert_ffn(
     x_TH: torch.Tensor,
     slots_TK: torch.Tensor,
     weights_TK: torch.Tensor,
+    tokens_C: torch.Tensor,
     gate_up_CHF: Sequence[torch.Tensor],
     down_CFH: Sequence[torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
+    *,
+    first_slot: int,
+) -> torch.Tensor:
     """Weighted sum of the outputs of this worker's experts for each token.
 
-    slots_TK (int64): expert slot of each pair, -1 for pairs of other workers. gate_up_CHF[c] packs
-    [2F, H] (gate rows, then up rows), down_CFH[c] packs [H, F], both by `pack_weight`. Each expert
-    computes down(silu(gate(x)) * up(x)).
-    Returns partial_TH (fp32, zero for tokens without a pair here) and tokens_C (int64), the number
-    of tokens of each slot.
+    slots_TK (integers): expert slot of each pair, this worker's or another's; this worker's are the
+    C from `first_slot` on, and tokens_C (integers) says how many pairs each of them has.
+    gate_up_CHF[c] packs [2F, H] (gate rows, then up rows), down_CFH[c] packs [H, F], both by
+    `pack_weight`. Each expert computes down(silu(gate(x)) * up(x)).
+    Returns partial_TH (fp32, zero for tokens without a pair here).
     """
-    num_slots, top_k = len(gate_up_CHF), slots_TK.shape[1]
-    tokens_C = torch.bincount(slots_TK.flatten() + 1, minlength=num_slots + 1)
     partial_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-    # Pairs in the order of their slots; those of other workers, marked -1, come first.
-    order_P = slots_TK.flatten().argsort(stable=True)
-    num_foreign, *counts = tokens_C.tolist()
-    if num_foreign == order_P.shape[0]:
-        return partial_TH, tokens_C[1:]
-    order_P = order_P[num_foreign:]
-    tokens_P = order_P // top_k
+    counts = tokens_C.tolist()
+    if not any(counts):
+        return partial_TH
+    # Pairs in the order of their slots, those of the workers before and after left out.
+    slots_P = slots_TK.flatten()
+    num_before = int((slots_P < first_slot).sum())
+    order_P = slots_P.argsort(stable=True)[num_before : num_before + sum(counts)]
+    tokens_P = order_P // slots_TK.shape[1]
     scale_P = weights_TK.flatten().index_select(0, order_P)
     gate_PF, up_PF = _per_slot(x_TH.index_select(0, tokens_P), counts, gate_up_CHF).chunk(2, dim=-1)
     # Scaled before the projection, where a row is shorter than after it.
     inner_PF = torch.nn.functional.silu(gate_PF).mul_(up_PF).mul_(scale_P.unsqueeze(1))
     out_PH = _per_slot(inner_PF, counts, down_CFH)
     partial_TH.index_add_(0, tokens_P, out_PH.float())
-    return partial_TH, tokens_C[1:]
+    return partial_TH
 
 
 def _per_slot(

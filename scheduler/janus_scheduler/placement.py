@@ -5,6 +5,8 @@ Shapes: W expert workers, C expert slots of a worker and layer, E logical expert
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,42 @@ EMPTY = -1
 """The expert of a slot that holds none."""
 
 SlotExperts = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerReplicas:
+    """The replicas of each expert of one layer. R: replicas of the expert that has most."""
+
+    num_workers: int
+    slots_per_worker: int
+    slots_ER: SlotExperts
+    """int32 [E, R]: slots that hold the expert, ascending, hence by ascending worker; -1: no more.
+
+    A slot is numbered over all workers: worker * slots_per_worker + slot of the worker.
+    """
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.slots_ER)
+
+    @cached_property
+    def num_replicas_E(self) -> npt.NDArray[np.int64]:
+        """Replicas of each expert."""
+        counts_E: npt.NDArray[np.int64] = (self.slots_ER != EMPTY).sum(axis=1)
+        return counts_E
+
+    @cached_property
+    def workers_ER(self) -> SlotExperts:
+        """Worker of each replica; -1: no more."""
+        return np.where(self.slots_ER == EMPTY, EMPTY, self.slots_ER // self.slots_per_worker)
+
+    def per_worker(self, values_ER: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """Sum integer values of the replicas over each worker: int64 [W]."""
+        used_ER = self.slots_ER != EMPTY
+        sums_W = np.zeros(self.num_workers, dtype=np.int64)
+        np.add.at(sums_W, self.workers_ER[used_ER], values_ER[used_ER])
+        return sums_W
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -38,14 +76,20 @@ class Placement:
         slots_C: SlotExperts = self.layers[layer][worker]
         return slots_C
 
-    def replicas(self, layer: int, num_experts: int) -> list[list[tuple[int, int]]]:
-        """Per expert the (worker, slot) of each of its replicas, by ascending worker."""
-        places: list[list[tuple[int, int]]] = [[] for _ in range(num_experts)]
-        for worker, slots in enumerate(self.layers[layer].tolist()):
-            for slot, expert in enumerate(slots):
-                if expert != EMPTY:
-                    places[expert].append((worker, slot))
-        return places
+    def replicas(self, layer: int, num_experts: int) -> LayerReplicas:
+        """Where each expert of a layer can be computed."""
+        places: list[list[int]] = [[] for _ in range(num_experts)]
+        for slot, expert in enumerate(self.layers[layer].ravel().tolist()):
+            if expert != EMPTY:
+                places[expert].append(slot)
+        slots_ER = np.full((num_experts, max(map(len, places))), EMPTY, dtype=np.int32)
+        for expert, slots in enumerate(places):
+            slots_ER[expert, : len(slots)] = slots
+        return LayerReplicas(
+            num_workers=self.num_workers,
+            slots_per_worker=self.slots_per_worker,
+            slots_ER=slots_ER,
+        )
 
     def check(self, num_experts: int) -> None:
         """Raise ValueError unless every layer holds every expert, and no worker one twice."""

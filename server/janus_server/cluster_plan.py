@@ -1,13 +1,15 @@
 """What a ServeConfig means: whether it can work, and what each process is handed."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from janus_server.attention.config import AttentionConfig
 from janus_server.comm.config import MAX_LANES
 from janus_server.command_line import to_argv
 from janus_server.config import ServeConfig
-from janus_server.controller.config import ControllerConfig, PoolConfig
-from janus_server.controller.membership import check_pools
+from janus_server.controller.config import ControllerConfig
+from janus_server.controller.membership import check_pools, given_costs
+from janus_server.controller.placement import first_placement
 from janus_server.endpoint.config import EndpointConfig
 from janus_server.errors import ConfigError
 from janus_server.experts.config import ExpertConfig
@@ -59,6 +61,8 @@ def check_config(config: ServeConfig) -> None:
         raise ConfigError(f"--lanes must be at most {MAX_LANES}, not {config.engine.lanes}")
     spec = Checkpoint.open(config.model.checkpoint).spec
     check_pools(config.pools, spec)
+    first_placement(config.pools, spec)
+    given_costs(config.schedule)
     context_limit(spec, config.engine.max_context)
     check_can_listen(config.admission.listen)
 
@@ -67,9 +71,13 @@ def controller_config(config: ServeConfig) -> ControllerConfig:
     """What the controller is handed: with transport local it places no experts."""
     pools = config.pools
     if config.transport == "local":
-        pools = PoolConfig(attention_workers=pools.attention_workers, expert_workers=0)
+        pools = dataclasses.replace(pools, expert_workers=0)
     return ControllerConfig(
-        model=config.model, pools=pools, comm=config.comm, process=_process_config(config)
+        model=config.model,
+        pools=pools,
+        schedule=config.schedule,
+        comm=config.comm,
+        process=_process_config(config),
     )
 
 
@@ -120,7 +128,7 @@ def _attention_process(config: ServeConfig, controller: str, device_index: int) 
         process=_process_config(config),
     )
     if config.transport == "local":
-        monolith = MonolithConfig(attention=attention, expert_workers=config.pools.expert_workers)
+        monolith = MonolithConfig(attention=attention, pools=config.pools, schedule=config.schedule)
         return WorkerProcess(
             name="monolithic worker",
             module="janus_server.monolith",

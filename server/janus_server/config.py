@@ -5,7 +5,7 @@ from typing import Literal
 
 from janus_server.attention.config import EngineConfig
 from janus_server.comm.config import CommConfig
-from janus_server.controller.config import PoolConfig
+from janus_server.controller.config import PoolConfig, ScheduleConfig
 from janus_server.endpoint.config import AdmissionConfig
 from janus_server.model.config import ModelConfig
 from janus_server.telemetry import LogLevel
@@ -22,6 +22,7 @@ class ServeConfig:
 
     model: ModelConfig
     pools: PoolConfig = field(default_factory=PoolConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     comm: CommConfig = field(default_factory=CommConfig)

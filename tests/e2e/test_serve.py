@@ -152,7 +152,10 @@ def test_drain_is_bounded(folder: Path) -> None:
     "flags",
     [
         ("--attention-workers", "2", "--expert-workers", "3", "--lanes", "2"),
-        ("--attention-workers", "2", "--transport", "local"),
+        ("--attention-workers", "2", "--transport", "local", "--expert-slots", "5"),
+        ("--expert-workers", "3", "--expert-slots", "4"),
+        ("--expert-workers", "3", "--expert-slots", "4", "--schedule", "eplb"),
+        ("--expert-slots", "7", "--expert-us", "1", "--pair-us", "1"),
     ],
 )
 def test_other_layouts_give_the_same_tokens(folder: Path, flags: tuple[str, ...]) -> None:

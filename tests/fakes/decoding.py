@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from janus_scheduler.activation import ActivationCosts, Scheduling
 from janus_scheduler.batching import Batcher
 from janus_scheduler.placement import round_robin
 from janus_scheduler.request import SamplingParams
@@ -20,6 +21,8 @@ from janus_server.experts.weights import load_layers
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.weights import WeightReader
 
+EXACT = Scheduling(policy="exact", costs=ActivationCosts(expert_ps=1, pair_ps=1))
+
 
 @dataclass
 class Decoded:
@@ -30,7 +33,11 @@ class Decoded:
 
 
 def expert_runners(
-    folder: Path, num_workers: int, dtype: torch.dtype = torch.float32, slots: int | None = None
+    folder: Path,
+    num_workers: int,
+    dtype: torch.dtype = torch.float32,
+    slots: int | None = None,
+    scheduling: Scheduling = EXACT,
 ) -> list[ExpertRunner]:
     """The expert workers of a round-robin placement."""
     checkpoint = Checkpoint.open(folder)
@@ -42,16 +49,26 @@ def expert_runners(
     )
     with WeightReader(checkpoint, dtype=dtype, device=torch.device("cpu")) as reader:
         return [
-            ExpertRunner(checkpoint.spec, load_layers(reader, placement, worker))
+            ExpertRunner(
+                checkpoint.spec,
+                load_layers(reader, placement, worker),
+                worker=worker,
+                scheduling=scheduling,
+            )
             for worker in range(num_workers)
         ]
 
 
-def local_pool(folder: Path, num_workers: int, dtype: torch.dtype = torch.float32) -> ExpertPool:
+def local_pool(
+    folder: Path,
+    num_workers: int,
+    dtype: torch.dtype = torch.float32,
+    slots: int | None = None,
+    scheduling: Scheduling = EXACT,
+) -> ExpertPool:
     """All expert workers in this process."""
-    return LocalExpertPool(
-        [runner.partial for runner in expert_runners(folder, num_workers, dtype)]
-    )
+    runners = expert_runners(folder, num_workers, dtype, slots, scheduling)
+    return LocalExpertPool([runner.partial for runner in runners])
 
 
 def greedy_decode(

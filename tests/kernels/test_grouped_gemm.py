@@ -10,6 +10,15 @@ def pack_all(weights: torch.Tensor) -> list[torch.Tensor]:
     return [pack_weight(weight) for weight in weights]
 
 
+def run(x_TH, slots_TK, weights_TK, gate_up, down, first_slot=0):
+    """expert_ffn with the token counts that a schedule would give it."""
+    num_slots = len(gate_up)
+    local_P = slots_TK.flatten() - first_slot
+    tokens_C = torch.bincount(local_P[(local_P >= 0) & (local_P < num_slots)], minlength=num_slots)
+    packed = pack_all(gate_up), pack_all(down)
+    return expert_ffn(x_TH, slots_TK, weights_TK, tokens_C, *packed, first_slot=first_slot)
+
+
 def test_worked_by_hand() -> None:
     # One hidden value, one intermediate: expert c computes down * silu(gate * x) * up * x.
     x_TH = torch.tensor([[1.0], [2.0]])
@@ -18,19 +27,16 @@ def test_worked_by_hand() -> None:
     slots_TK = torch.tensor([[0, -1], [1, 0]])
     weights_TK = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
     silu_1, silu_2 = (value / (1 + torch.tensor(-value).exp()) for value in (1.0, 2.0))
-    partial_TH, tokens_C = expert_ffn(x_TH, slots_TK, weights_TK, pack_all(gate_up), pack_all(down))
+    partial_TH = run(x_TH, slots_TK, weights_TK, gate_up, down)
     expected = [0.5 * 2 * silu_1 * 3, 0.25 * silu_2 * 10 + 0.75 * 2 * silu_2 * 6]
     torch.testing.assert_close(partial_TH.flatten(), torch.stack(expected))
-    assert tokens_C.tolist() == [2, 1]
 
 
 def test_nothing_for_this_worker() -> None:
-    weights = pack_all(torch.ones(1, 4, 2))
-    partial_TH, tokens_C = expert_ffn(
-        torch.ones(3, 2), torch.full((3, 2), -1), torch.ones(3, 2), weights, weights
-    )
+    weights = torch.ones(1, 4, 2)
+    slots_TK = torch.tensor([[0, 2], [0, 2], [2, 0]])
+    partial_TH = run(torch.ones(3, 2), slots_TK, torch.ones(3, 2), weights, weights, first_slot=1)
     assert partial_TH.eq(0).all()
-    assert tokens_C.tolist() == [0]
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)
@@ -46,17 +52,17 @@ def test_equals_one_token_at_a_time(num_tokens: int, num_slots: int, top_k: int,
     x_TH = torch.randn(num_tokens, hidden, generator=generator)
     gate_up = torch.randn(num_slots, 2 * wide, hidden, generator=generator)
     down = torch.randn(num_slots, hidden, wide, generator=generator)
-    slots_TK = torch.randint(-1, num_slots, (num_tokens, top_k), generator=generator)
+    # Slots of the workers before and after as well.
+    slots_TK = torch.randint(0, 3 * num_slots, (num_tokens, top_k), generator=generator)
     weights_TK = torch.rand(num_tokens, top_k, generator=generator)
-    partial_TH, tokens_C = expert_ffn(x_TH, slots_TK, weights_TK, pack_all(gate_up), pack_all(down))
+    partial_TH = run(x_TH, slots_TK, weights_TK, gate_up, down, first_slot=num_slots)
     expected_TH = torch.zeros(num_tokens, hidden)
     for token, (slots, weights) in enumerate(zip(slots_TK, weights_TK, strict=True)):
-        for slot, weight in zip(slots.tolist(), weights, strict=True):
-            if slot >= 0:
+        for slot, weight in zip((slots - num_slots).tolist(), weights, strict=True):
+            if 0 <= slot < num_slots:
                 gate, up = (gate_up[slot] @ x_TH[token]).chunk(2)
                 expected_TH[token] += weight * (down[slot] @ (torch.nn.functional.silu(gate) * up))
     torch.testing.assert_close(partial_TH, expected_TH, rtol=1e-4, atol=1e-4)
-    assert tokens_C.tolist() == [(slots_TK == slot).sum() for slot in range(num_slots)]
 
 
 def test_packed_linear_equals_plain_linear() -> None:

@@ -2,7 +2,6 @@ import math
 
 import torch
 
-from janus_kernels.activation_schedule import first_replica
 from janus_kernels.router_topk import router_topk
 
 
@@ -20,9 +19,3 @@ def test_weights_keep_the_dtype_of_the_logits() -> None:
     assert weights_TK.dtype == torch.bfloat16
     assert ids_TK.shape == (5, 3)
     assert all(len(set(row)) == 3 for row in ids_TK.tolist())
-
-
-def test_first_replica_marks_what_others_hold() -> None:
-    first_slot_E = torch.tensor([-1, 0, -1, 1])
-    slots_TK = first_replica(torch.tensor([[3, 0], [1, 3]]), first_slot_E)
-    assert slots_TK.tolist() == [[1, -1], [0, 1]]

@@ -31,7 +31,9 @@ def test_spare_slots_hold_replicas() -> None:
     assert placement.layers[0].tolist() == [[0, 2], [1, 0]]
     # Expert 1 would be next in this layer, but worker 0 has just that one.
     assert placement.layers[1].tolist() == [[1, 2], [0, 2]]
-    assert placement.replicas(1, 3) == [[(1, 0)], [(0, 0)], [(0, 1), (1, 1)]]
+    replicas = placement.replicas(1, 3)
+    assert replicas.slots_ER.tolist() == [[2, -1], [0, -1], [1, 3]]
+    assert replicas.workers_ER.tolist() == [[1, -1], [0, -1], [0, 1]]
 
 
 def test_replicas_take_turns() -> None:
@@ -42,14 +44,14 @@ def test_replicas_take_turns() -> None:
 def test_replicas_are_spread_evenly() -> None:
     placement = round_robin(moe_layers=(0, 1), num_experts=4, num_workers=3, slots_per_worker=3)
     for layer in (0, 1):
-        assert sorted(map(len, placement.replicas(layer, 4))) == [2, 2, 2, 3]
+        assert sorted(placement.replicas(layer, 4).num_replicas_E.tolist()) == [2, 2, 2, 3]
 
 
 def test_a_worker_never_needs_more_slots_than_experts() -> None:
     placement = round_robin(moe_layers=(0,), num_experts=2, num_workers=2, slots_per_worker=4)
     assert placement.layers[0].tolist() == [[0, 1, EMPTY, EMPTY], [1, 0, EMPTY, EMPTY]]
     placement.check(2)
-    assert placement.replicas(0, 2) == [[(0, 0), (1, 1)], [(0, 1), (1, 0)]]
+    assert placement.replicas(0, 2).slots_ER.tolist() == [[0, 5], [1, 4]]
 
 
 @settings(derandomize=True, deadline=None)
@@ -71,9 +73,11 @@ def test_round_robin_serves_every_expert(data: st.DataObject) -> None:
     assert sorted(placement.layers) == moe_layers
     for turn, layer in enumerate(moe_layers):
         replicas = placement.replicas(layer, num_experts)
-        for expert, places in enumerate(replicas):
-            assert (expert + turn) % num_workers in [worker for worker, _ in places]
-            assert places == sorted(places)
+        for expert, workers in enumerate(replicas.workers_ER.tolist()):
+            used = [worker for worker in workers if worker != EMPTY]
+            assert (expert + turn) % num_workers in used
+            assert used == sorted(set(used))
+            assert len(used) == replicas.num_replicas_E[expert]
         for worker in range(num_workers):
             slots = placement.worker_slots(layer, worker)
             assert slots.dtype == np.int32

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from janus_scheduler.activation import POLICIES, ActivationCosts, SchedulePolicy, Scheduling
+from janus_server.model.checkpoint import Checkpoint
 from tests.conftest import CheckpointFactory
 from tests.fakes.checkpoints import reference_decode, reference_model
 from tests.fakes.decoding import greedy_decode, local_pool
@@ -52,6 +54,24 @@ def assert_same(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_in_a_mixed_batch(make_checkpoint: CheckpointFactory, shape: str) -> None:
     assert_same(make_checkpoint(**SHAPES[shape]), prompts_of(1, 5, 33, 2, 90))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_choice_of_replicas_never_changes_a_token(
+    make_checkpoint: CheckpointFactory, policy: SchedulePolicy
+) -> None:
+    folder = make_checkpoint()
+    num_experts = Checkpoint.open(folder).spec.num_experts
+    scheduling = Scheduling(policy=policy, costs=ActivationCosts(expert_ps=40, pair_ps=10))
+    model = reference_model(folder)
+    for num_workers in (2, 3):
+        # Half as many slots again as experts, and all experts on each worker.
+        for slots in (-(-3 * num_experts // (2 * num_workers)), num_experts):
+            pool = local_pool(folder, num_workers, slots=slots, scheduling=scheduling)
+            prompts = prompts_of(3, 40, 1)
+            decoded = greedy_decode(folder, pool, prompts, NUM_NEW)
+            for prompt, ours in zip(prompts, decoded, strict=True):
+                assert ours.token_ids == reference_decode(model, prompt, NUM_NEW)[0]
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 63, 64, 65, 255, 256, 257, 600])

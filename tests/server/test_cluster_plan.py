@@ -129,4 +129,4 @@ def test_transport_local_is_monolithic_workers_alone(config: ServeConfig) -> Non
     assert controller_config(config).pools == PoolConfig(attention_workers=2, expert_workers=0)
     workers = worker_processes(config, CONTROLLER, num_devices=1)
     assert [worker.module for worker in workers] == ["janus_server.monolith"] * 2
-    assert parse(MonolithConfig, workers[0].argv, prog="p").expert_workers == 3
+    assert parse(MonolithConfig, workers[0].argv, prog="p").pools.expert_workers == 3

@@ -44,6 +44,7 @@ class RegisterRequest(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    ACTIVATION_COSTS_FIELD_NUMBER: _builtins.int
     role: Global___WorkerRole.ValueType
     address: _builtins.str
     """HOST:PORT of the worker's gRPC service; empty for a worker without one."""
@@ -51,6 +52,10 @@ class RegisterRequest(_message.Message):
     """Operating-system process id, for the operator."""
     model_fingerprint: _builtins.str
     """SHA-256 of config.json: all workers must serve the same model."""
+    @_builtins.property
+    def activation_costs(self) -> Global___ActivationCosts:
+        """Of an expert worker: what it measured on itself."""
+
     def __init__(
         self,
         *,
@@ -58,14 +63,67 @@ class RegisterRequest(_message.Message):
         address: _builtins.str = ...,
         pid: _builtins.int = ...,
         model_fingerprint: _builtins.str = ...,
+        activation_costs: Global___ActivationCosts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation_costs", b"activation_costs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "model_fingerprint", b"model_fingerprint", "pid", b"pid", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_costs", b"activation_costs", "address", b"address", "model_fingerprint", b"model_fingerprint", "pid", b"pid", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RegisterRequest: _TypeAlias = RegisterRequest  # noqa: Y015
+
+@_typing.final
+class ActivationCosts(_message.Message):
+    """What the activation schedule weighs, in picoseconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERT_PS_FIELD_NUMBER: _builtins.int
+    PAIR_PS_FIELD_NUMBER: _builtins.int
+    expert_ps: _builtins.int
+    """To read the weights of one more expert."""
+    pair_ps: _builtins.int
+    """To compute one more token-expert pair."""
+    def __init__(
+        self,
+        *,
+        expert_ps: _builtins.int = ...,
+        pair_ps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_ps", b"expert_ps", "pair_ps", b"pair_ps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActivationCosts: _TypeAlias = ActivationCosts  # noqa: Y015
+
+@_typing.final
+class Scheduling(_message.Message):
+    """How the expert workers of an epoch choose replicas; all must do it alike."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    COSTS_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    """A name of janus_scheduler.activation.POLICIES."""
+    @_builtins.property
+    def costs(self) -> Global___ActivationCosts: ...
+    def __init__(
+        self,
+        *,
+        policy: _builtins.str = ...,
+        costs: Global___ActivationCosts | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Scheduling: _TypeAlias = Scheduling  # noqa: Y015
 
 @_typing.final
 class RegisterResponse(_message.Message):
@@ -140,25 +198,69 @@ class ExpertLoad(_message.Message):
     NUM_LAYER_STEPS_FIELD_NUMBER: _builtins.int
     NUM_ACTIVATED_EXPERTS_FIELD_NUMBER: _builtins.int
     NUM_TOKEN_PAIRS_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
     num_layer_steps: _builtins.int
     num_activated_experts: _builtins.int
     """Expert slots that received tokens, summed over the units."""
     num_token_pairs: _builtins.int
     """Token-expert pairs computed, summed over the units."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerLoad]:
+        """One for each MoE layer, ascending."""
+
     def __init__(
         self,
         *,
         num_layer_steps: _builtins.int = ...,
         num_activated_experts: _builtins.int = ...,
         num_token_pairs: _builtins.int = ...,
+        layers: _abc.Iterable[Global___LayerLoad] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_activated_experts", b"num_activated_experts", "num_layer_steps", b"num_layer_steps", "num_token_pairs", b"num_token_pairs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "num_activated_experts", b"num_activated_experts", "num_layer_steps", b"num_layer_steps", "num_token_pairs", b"num_token_pairs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExpertLoad: _TypeAlias = ExpertLoad  # noqa: Y015
+
+@_typing.final
+class LayerLoad(_message.Message):
+    """One MoE layer over all expert workers, as each of them sees it; counted since its start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
+    SUM_A_MAX_FIELD_NUMBER: _builtins.int
+    NUM_ACTIVATED_EXPERTS_FIELD_NUMBER: _builtins.int
+    EXPERT_TOKENS_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    num_steps: _builtins.int
+    sum_a_max: _builtins.int
+    """Most distinct experts that one worker had to read (a_max), summed over the steps."""
+    num_activated_experts: _builtins.int
+    """Distinct experts read, summed over steps and workers."""
+    @_builtins.property
+    def expert_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of each logical expert."""
+
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        num_steps: _builtins.int = ...,
+        sum_a_max: _builtins.int = ...,
+        num_activated_experts: _builtins.int = ...,
+        expert_tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_tokens", b"expert_tokens", "layer", b"layer", "num_activated_experts", b"num_activated_experts", "num_steps", b"num_steps", "sum_a_max", b"sum_a_max"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerLoad: _TypeAlias = LayerLoad  # noqa: Y015
 
 @_typing.final
 class Worker(_message.Message):
@@ -260,6 +362,7 @@ class Epoch(_message.Message):
     PLACEMENT_FIELD_NUMBER: _builtins.int
     STORE_ADDRESS_FIELD_NUMBER: _builtins.int
     STORE_PREFIX_FIELD_NUMBER: _builtins.int
+    SCHEDULING_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     store_address: _builtins.str
     """HOST:PORT of the TCP store, and the key prefix under which this epoch's group meets."""
@@ -270,6 +373,8 @@ class Epoch(_message.Message):
     def expert_workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]: ...
     @_builtins.property
     def placement(self) -> Global___Placement: ...
+    @_builtins.property
+    def scheduling(self) -> Global___Scheduling: ...
     def __init__(
         self,
         *,
@@ -279,10 +384,11 @@ class Epoch(_message.Message):
         placement: Global___Placement | None = ...,
         store_address: _builtins.str = ...,
         store_prefix: _builtins.str = ...,
+        scheduling: Global___Scheduling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement", "scheduling", b"scheduling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_workers", b"attention_workers", "expert_workers", b"expert_workers", "number", b"number", "placement", b"placement", "store_address", b"store_address", "store_prefix", b"store_prefix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_workers", b"attention_workers", "expert_workers", b"expert_workers", "number", b"number", "placement", b"placement", "scheduling", b"scheduling", "store_address", b"store_address", "store_prefix", b"store_prefix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -374,17 +480,51 @@ class GetExpertLoadsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LOADS_FIELD_NUMBER: _builtins.int
+    RECENT_TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerExpertLoad]: ...
+    @_builtins.property
+    def recent_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecentTokens]:
+        """Of the layers in `loads`, the tokens of late: older ones count less and less."""
+
     def __init__(
         self,
         *,
         loads: _abc.Iterable[Global___WorkerExpertLoad] | None = ...,
+        recent_tokens: _abc.Iterable[Global___RecentTokens] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loads", b"loads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loads", b"loads", "recent_tokens", b"recent_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetExpertLoadsResponse: _TypeAlias = GetExpertLoadsResponse  # noqa: Y015
+
+@_typing.final
+class RecentTokens(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    EXPERT_TOKENS_FIELD_NUMBER: _builtins.int
+    HALF_LIFE_S_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    half_life_s: _builtins.float
+    @_builtins.property
+    def expert_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of each logical expert, halved every half_life_s."""
+
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        expert_tokens: _abc.Iterable[_builtins.float] | None = ...,
+        half_life_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_tokens", b"expert_tokens", "half_life_s", b"half_life_s", "layer", b"layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecentTokens: _TypeAlias = RecentTokens  # noqa: Y015

@@ -53,15 +53,21 @@ class ControlClient:
         address: str,
         fingerprint: str,
         timeout_s: float,
+        costs: control_pb2.ActivationCosts | None = None,
     ) -> str:
         """Register this process, start its heartbeats and return its worker id.
 
         `address` is the HOST:PORT of its own gRPC service, "" for none; `fingerprint` that of its
-        checkpoint. Waits up to `timeout_s` seconds for a controller that is not up yet. Raises
-        UnavailableError when it does not answer, ConfigError when it refuses.
+        checkpoint; `costs` what an expert worker measured on itself. Waits up to `timeout_s`
+        seconds for a controller that is not up yet. Raises UnavailableError when it does not
+        answer, ConfigError when it refuses.
         """
         request = control_pb2.RegisterRequest(
-            role=role, address=address, pid=os.getpid(), model_fingerprint=fingerprint
+            role=role,
+            address=address,
+            pid=os.getpid(),
+            model_fingerprint=fingerprint,
+            activation_costs=costs,
         )
         try:
             response = await self._stub.Register(request, timeout=timeout_s, wait_for_ready=True)

@@ -1,10 +1,11 @@
-"""What an epoch's message means: a worker's place in the group, and the placement of experts."""
+"""What an epoch's message means: a worker's place in the group, where experts are, who serves."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from janus_proto.v1 import control_pb2
+from janus_scheduler.activation import POLICIES, ActivationCosts, SchedulePolicy, Scheduling
 from janus_scheduler.placement import Placement
 from janus_server.comm.config import CommConfig
 from janus_server.errors import UnavailableError
@@ -54,6 +55,37 @@ def member(epoch: control_pb2.Epoch, worker_id: str) -> control_pb2.Worker:
         if worker.worker_id == worker_id:
             return worker
     raise UnavailableError(f"{worker_id} is not a member of epoch {epoch.number}: it is full")
+
+
+def scheduling_of(epoch: control_pb2.Epoch) -> Scheduling:
+    """Read how the epoch's expert workers choose replicas: the inverse of `scheduling_message`.
+
+    Raises UnavailableError where the controller names a policy that this worker does not know.
+    """
+    message = epoch.scheduling
+    known: dict[str, SchedulePolicy] = {policy: policy for policy in POLICIES}
+    policy = known.get(message.policy)
+    if policy is None:
+        raise UnavailableError(
+            f"the controller asks for the schedule {message.policy!r}, but this worker knows: "
+            + ", ".join(POLICIES)
+        )
+    return Scheduling(policy=policy, costs=costs_of(message.costs))
+
+
+def scheduling_message(scheduling: Scheduling) -> control_pb2.Scheduling:
+    """Write it as its message."""
+    return control_pb2.Scheduling(policy=scheduling.policy, costs=costs_message(scheduling.costs))
+
+
+def costs_of(message: control_pb2.ActivationCosts) -> ActivationCosts:
+    """Read measured costs; raises ValueError where one is 0."""
+    return ActivationCosts(expert_ps=message.expert_ps, pair_ps=message.pair_ps)
+
+
+def costs_message(costs: ActivationCosts) -> control_pb2.ActivationCosts:
+    """Write measured costs as their message."""
+    return control_pb2.ActivationCosts(expert_ps=costs.expert_ps, pair_ps=costs.pair_ps)
 
 
 def placement_of(epoch: control_pb2.Epoch) -> Placement:

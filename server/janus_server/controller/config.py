@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from janus_scheduler.activation import SchedulePolicy
 from janus_server.comm.config import CommConfig
 from janus_server.model.config import ModelConfig
 from janus_server.process import ProcessConfig
@@ -20,6 +21,28 @@ class PoolConfig:
     expert_slots: int = 0
     """Expert slots of each worker and layer; 0: just enough to hold every expert once."""
 
+    placement: str = ""
+    """JSON file that `janus placement --output` wrote, for as many expert workers; empty: experts
+    and replicas are dealt out in turn."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """Choice of replicas."""
+
+    schedule: SchedulePolicy = "auto"
+    """How each batch's activated experts choose among their replicas: auto weighs exact, which has
+    the slowest worker read fewest experts, against token, which spreads tokens; the others are
+    there to compare."""
+
+    expert_us: float = 0.0
+    """Time to read one more expert's weights, in microseconds, that auto weighs; 0: each expert
+    worker measures itself at its start and the slowest counts."""
+
+    pair_us: float = 0.0
+    """Time to compute one more token-expert pair, in microseconds, given together with the time of
+    an expert; 0: measured."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControllerConfig:
@@ -27,6 +50,7 @@ class ControllerConfig:
 
     model: ModelConfig
     pools: PoolConfig = field(default_factory=PoolConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)
 

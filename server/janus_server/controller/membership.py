@@ -6,12 +6,15 @@ outside. `version` grows with everything that a watcher would see differently.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from janus_proto.v1 import control_pb2
+from janus_scheduler.activation import ActivationCosts, Scheduling
 from janus_scheduler.model_spec import ModelSpec
-from janus_scheduler.placement import Placement, round_robin
-from janus_server.controller.config import PoolConfig
+from janus_scheduler.placement import Placement
+from janus_server.controller.activity import ExpertActivity
+from janus_server.controller.config import PoolConfig, ScheduleConfig
 from janus_server.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,8 @@ class Member:
     lost: bool = False
     ready_epoch: int = 0
     """The epoch it is ready to serve; 0: none."""
+    costs: ActivationCosts | None = None
+    """What an expert worker measured on itself."""
     load: control_pb2.ExpertLoad = field(default_factory=control_pb2.ExpertLoad)
 
 
@@ -63,6 +68,8 @@ class Epoch:
     expert_workers: tuple[Member, ...]
     """In the order of their ranks, which follow those of the attention workers."""
     placement: Placement | None
+    """None: without expert workers."""
+    scheduling: Scheduling | None
     """None: without expert workers."""
 
 
@@ -93,12 +100,21 @@ def check_pools(pools: PoolConfig, spec: ModelSpec) -> None:
 class Membership:
     """The workers of one model and the epoch that they form."""
 
-    def __init__(self, *, spec: ModelSpec, fingerprint: str, pools: PoolConfig) -> None:
-        self._spec = spec
+    def __init__(
+        self,
+        *,
+        fingerprint: str,
+        pools: PoolConfig,
+        placement: Placement | None,
+        schedule: ScheduleConfig,
+    ) -> None:
         self._fingerprint = fingerprint
         self._pools = pools
+        self._placement = placement
+        self._schedule = schedule
         self._members: dict[str, Member] = {}
         self.epoch: Epoch | None = None
+        self.activity = ExpertActivity()
         self.version = 0
 
     def register(
@@ -109,6 +125,7 @@ class Membership:
         pid: int,
         fingerprint: str,
         now_s: float,
+        costs: ActivationCosts | None = None,
     ) -> str:
         """Add a worker and return its id; raises RegistrationRefusedError."""
         if role not in _ROLE_NAMES:
@@ -125,6 +142,7 @@ class Membership:
             address=address,
             pid=pid,
             last_heard_s=now_s,
+            costs=costs,
         )
         self._members[member.worker_id] = member
         logger.info("%s registered (pid %d)", member.worker_id, pid)
@@ -142,6 +160,8 @@ class Membership:
             raise UnknownWorkerError(f"no worker {worker_id!r} has registered with this controller")
         member.last_heard_s = now_s
         member.load = load
+        if self.epoch and self.epoch.expert_workers and member is self.epoch.expert_workers[0]:
+            self.activity.report(load, now_s)
         if member.lost:
             logger.warning("%s is back", worker_id)
         if member.lost or member.ready_epoch != ready_epoch:
@@ -190,16 +210,40 @@ class Membership:
             number=number,
             attention_workers=tuple(attention),
             expert_workers=tuple(experts),
-            placement=self._place(len(experts)) if experts else None,
+            placement=self._placement if experts else None,
+            scheduling=self._scheduling(experts) if experts else None,
         )
         logger.info(
             "epoch %d: %d attention and %d expert workers", number, len(attention), len(experts)
         )
 
-    def _place(self, num_workers: int) -> Placement:
-        return round_robin(
-            moe_layers=self._spec.moe_layers,
-            num_experts=self._spec.num_experts,
-            num_workers=num_workers,
-            slots_per_worker=self._pools.expert_slots or None,
+    def _scheduling(self, experts: Sequence[Member]) -> Scheduling:
+        """The costs are those of the slowest worker, for which the others wait."""
+        given = given_costs(self._schedule)
+        costs = [given] if given else [member.costs for member in experts if member.costs]
+        agreed = ActivationCosts(
+            expert_ps=max((one.expert_ps for one in costs), default=1),
+            pair_ps=max((one.pair_ps for one in costs), default=1),
         )
+        logger.info(
+            "schedule %s: an expert costs %.1f us, a token-expert pair %.3f us",
+            self._schedule.schedule,
+            agreed.expert_ps / 1e6,
+            agreed.pair_ps / 1e6,
+        )
+        return Scheduling(policy=self._schedule.schedule, costs=agreed)
+
+
+def given_costs(schedule: ScheduleConfig) -> ActivationCosts | None:
+    """The costs that the configuration names, if any; raises ConfigError where they cannot be."""
+    if not schedule.expert_us and not schedule.pair_us:
+        return None
+    for flag, cost_us in (("expert-us", schedule.expert_us), ("pair-us", schedule.pair_us)):
+        if not 1e-6 <= cost_us <= 1e9:
+            raise ConfigError(
+                f"--expert-us and --pair-us must be given together, both between 1e-6 and 1e9: "
+                f"--{flag} is {cost_us:g}"
+            )
+    return ActivationCosts(
+        expert_ps=round(1e6 * schedule.expert_us), pair_ps=round(1e6 * schedule.pair_us)
+    )

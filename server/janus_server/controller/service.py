@@ -11,7 +11,7 @@ import grpc.aio
 
 from janus_proto.v1 import control_pb2
 from janus_proto.v1.control_pb2_grpc import ControlServiceServicer
-from janus_server.comm.epoch import placement_message
+from janus_server.comm.epoch import costs_of, placement_message, scheduling_message
 from janus_server.controller.membership import (
     HEARTBEAT_INTERVAL_S,
     Epoch,
@@ -52,8 +52,13 @@ class ControlService(ControlServiceServicer):
                 pid=request.pid,
                 fingerprint=request.model_fingerprint,
                 now_s=_now_s(),
+                costs=(
+                    costs_of(request.activation_costs)
+                    if request.HasField("activation_costs")
+                    else None
+                ),
             )
-        except RegistrationRefusedError as error:
+        except (RegistrationRefusedError, ValueError) as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         self._publish()
         return control_pb2.RegisterResponse(
@@ -102,12 +107,19 @@ class ControlService(ControlServiceServicer):
         ],
     ) -> control_pb2.GetExpertLoadsResponse:
         """Return what the expert workers last reported."""
+        recent = self._membership.activity.recent_tokens
         return control_pb2.GetExpertLoadsResponse(
             loads=[
                 control_pb2.WorkerExpertLoad(worker_id=member.worker_id, load=member.load)
                 for member in self._membership.members()
                 if member.role == control_pb2.WORKER_ROLE_EXPERT
-            ]
+            ],
+            recent_tokens=[
+                control_pb2.RecentTokens(
+                    layer=layer, expert_tokens=tokens_E.tolist(), half_life_s=recent.half_life_s
+                )
+                for layer, tokens_E in recent.of().items()
+            ],
         )
 
     def expire(self) -> None:
@@ -158,6 +170,7 @@ class ControlService(ControlServiceServicer):
             placement=None if epoch.placement is None else placement_message(epoch.placement),
             store_address=self._store_address,
             store_prefix=f"epoch-{epoch.number}",
+            scheduling=None if epoch.scheduling is None else scheduling_message(epoch.scheduling),
         )
 
 

@@ -1,31 +1,58 @@
 """Compute one expert worker's share of an MoE layer."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 
-from janus_kernels.activation_schedule import first_replica
+from janus_kernels.activation_schedule import activation_schedule
 from janus_kernels.grouped_gemm import expert_ffn
 from janus_kernels.linear import linear
+from janus_kernels.replica_table import Policy, ReplicaTable
 from janus_kernels.router_topk import router_topk
+from janus_scheduler.activation import Scheduling
 from janus_scheduler.model_spec import ModelSpec
 from janus_server.experts.weights import LayerWeights
 
 
-class ExpertRunner:
-    """Gate, replica choice and expert FFN of the slots that this worker holds.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerCounts:
+    """What one layer has computed since the start, over all expert workers."""
 
-    Every expert worker sees all tokens of the step and computes the same gate from the same input,
-    so that all agree on who computes what without a message.
+    num_steps: int
+    """Batches."""
+    sum_a_max: int
+    """Most distinct experts read by one worker, summed over the batches."""
+    experts_W: list[int]
+    """Distinct experts read by each worker, summed over the batches."""
+    tokens_W: list[int]
+    """Token-expert pairs of each worker."""
+    tokens_E: list[int]
+    """Tokens of each logical expert."""
+
+
+class ExpertRunner:
+    """Gate, activation schedule and expert FFN of the slots that worker number `worker` holds.
+
+    Every expert worker sees all tokens of the step and computes the same gate and the same schedule
+    from the same input, so that all agree on who computes what without a message.
     """
 
-    def __init__(self, spec: ModelSpec, layers: dict[int, LayerWeights]) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layers: Mapping[int, LayerWeights],
+        *,
+        worker: int,
+        scheduling: Scheduling,
+    ) -> None:
         self._spec = spec
         self._layers = layers
-        self.num_layer_steps = 0
-        """MoE layers computed since the start."""
-        self.num_activated_experts = 0
-        """Expert slots that received tokens, summed over those layers."""
-        self.num_token_pairs = 0
-        """Token-expert pairs computed."""
+        self._worker = worker
+        self._policy = Policy[scheduling.policy.upper()]
+        self._costs_ps = (scheduling.costs.expert_ps, scheduling.costs.pair_ps)
+        # One addition a layer and step, without a word to the host.
+        self._sums = {layer: _zero_sums(weights.replicas) for layer, weights in layers.items()}
 
     def partial(self, layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:
         """Weighted sum of this worker's experts for each token, [T, H] in the dtype of hidden."""
@@ -35,11 +62,45 @@ class ExpertRunner:
             self._spec.top_k,
             normalize=self._spec.norm_topk_prob,
         )
-        slots_TK = first_replica(topk_ids_TK, weights.first_slot_E)
-        partial_TH, tokens_C = expert_ffn(
-            hidden_TH, slots_TK, topk_weights_TK, weights.gate_up_CHF, weights.down_CFH
+        schedule = activation_schedule(
+            topk_ids_TK, weights.replicas, self._policy, costs_ps=self._costs_ps, seed=layer
         )
-        self.num_layer_steps += 1
-        self.num_activated_experts += int((tokens_C > 0).sum())
-        self.num_token_pairs += int(tokens_C.sum())
-        return partial_TH.to(hidden_TH.dtype)
+        self._sums[layer] += schedule.counts
+        return expert_ffn(
+            hidden_TH,
+            schedule.slots_TK,
+            topk_weights_TK,
+            schedule.tokens_WC[self._worker],
+            weights.gate_up_CHF,
+            weights.down_CFH,
+            first_slot=self._worker * weights.replicas.slots_per_worker,
+        ).to(hidden_TH.dtype)
+
+    @property
+    def worker(self) -> int:
+        """Number of this expert worker."""
+        return self._worker
+
+    def counts(self) -> dict[int, LayerCounts]:
+        """What each layer has computed so far; waits for the device."""
+        return {layer: self._layer_counts(layer) for layer in self._layers}
+
+    def _layer_counts(self, layer: int) -> LayerCounts:
+        table = self._layers[layer].replicas
+        num_slots = table.num_workers * table.slots_per_worker
+        sums = self._sums[layer].to("cpu")
+        tokens_S, (sum_a_max, num_steps) = sums[:num_slots], sums[-2:].tolist()
+        slots_ER = table.slots_ER.to("cpu", torch.int64)
+        tokens_ER = torch.where(slots_ER >= 0, tokens_S[slots_ER.clamp(min=0)], 0)
+        return LayerCounts(
+            num_steps=num_steps,
+            sum_a_max=sum_a_max,
+            experts_W=sums[num_slots:-2].tolist(),
+            tokens_W=tokens_S.view(table.num_workers, -1).sum(dim=1).tolist(),
+            tokens_E=tokens_ER.sum(dim=1).tolist(),
+        )
+
+
+def _zero_sums(table: ReplicaTable) -> torch.Tensor:
+    num_counts = table.num_workers * (table.slots_per_worker + 1) + 2
+    return torch.zeros(num_counts, dtype=torch.int64, device=table.slots_ER.device)

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from janus_kernels.linear import pack_weight
-from janus_scheduler.placement import Placement
+from janus_kernels.replica_table import ReplicaTable, replica_table
+from janus_scheduler.placement import EMPTY, Placement
 from janus_server.model.weights import WeightReader
 
 
@@ -17,11 +17,11 @@ class LayerWeights:
     gate_EH: torch.Tensor
     """Packed."""
     gate_up_CHF: tuple[torch.Tensor, ...]
-    """Per slot, packed: gate rows, then up rows."""
+    """Per slot, packed: gate rows, then up rows; an empty slot has an empty tensor."""
     down_CFH: tuple[torch.Tensor, ...]
-    """Per slot, packed."""
-    first_slot_E: torch.Tensor
-    """int64: the slot here that holds the first replica of an expert; -1: another worker does."""
+    """Per slot, packed, alike."""
+    replicas: ReplicaTable
+    """Where each expert can be computed, on any worker."""
 
 
 def load_layers(reader: WeightReader, placement: Placement, worker: int) -> dict[int, LayerWeights]:
@@ -31,9 +31,11 @@ def load_layers(reader: WeightReader, placement: Placement, worker: int) -> dict
     for layer in spec.moe_layers:
         gate_up: list[torch.Tensor] = []
         down: list[torch.Tensor] = []
-        slots_C = placement.worker_slots(layer, worker)
-        experts = slots_C[slots_C >= 0].tolist()
-        for expert in experts:
+        for expert in placement.worker_slots(layer, worker).tolist():
+            if expert == EMPTY:
+                gate_up.append(torch.empty(0))
+                down.append(torch.empty(0))
+                continue
             where = {"layer": layer, "expert": expert}
             gate_up.append(
                 pack_weight(
@@ -47,16 +49,12 @@ def load_layers(reader: WeightReader, placement: Placement, worker: int) -> dict
             gate_EH=pack_weight(reader.read(names.gate.format(layer=layer))),
             gate_up_CHF=tuple(gate_up),
             down_CFH=tuple(down),
-            first_slot_E=_first_slots(placement, layer, worker, spec.num_experts).to(reader.device),
+            replicas=replica_table(
+                torch.from_numpy(placement.replicas(layer, spec.num_experts).slots_ER).to(
+                    reader.device
+                ),
+                num_workers=placement.num_workers,
+                slots_per_worker=placement.slots_per_worker,
+            ),
         )
     return layers
-
-
-def _first_slots(placement: Placement, layer: int, worker: int, num_experts: int) -> torch.Tensor:
-    first_slot_E = np.full(num_experts, -1, dtype=np.int64)
-    held = placement.worker_slots(layer, worker)
-    held = held[held >= 0].tolist()
-    for expert, replicas in enumerate(placement.replicas(layer, num_experts)):
-        if replicas[0][0] == worker:
-            first_slot_E[expert] = held.index(expert)
-    return torch.from_numpy(first_slot_E)

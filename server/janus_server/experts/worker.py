@@ -9,9 +9,10 @@ import torch
 
 from janus_proto.v1 import control_pb2
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
-from janus_server.comm.epoch import group_config, placement_of
+from janus_server.comm.epoch import costs_message, group_config, placement_of, scheduling_of
 from janus_server.comm.gloo import GlooAttentionPool, join_group
 from janus_server.comm.lifecycle import in_daemon_thread, run_until_stopped
+from janus_server.experts.calibration import measure_costs
 from janus_server.experts.config import ExpertConfig
 from janus_server.experts.runner import ExpertRunner
 from janus_server.experts.weights import load_layers
@@ -41,20 +42,26 @@ async def main(config: ExpertConfig, stop: asyncio.Event) -> None:
 async def _serve_epoch(
     config: ExpertConfig, checkpoint: Checkpoint, control: ControlClient
 ) -> None:
+    device, dtype = device_of(config.model, config.device_index), dtype_of(config.model)
+    costs = await in_daemon_thread(
+        lambda: measure_costs(checkpoint.spec, dtype=dtype, device=device)
+    )
     worker_id = await control.register(
         control_pb2.WORKER_ROLE_EXPERT,
         address="",
         fingerprint=checkpoint.fingerprint,
         timeout_s=config.comm.startup_timeout_s,
+        costs=costs_message(costs),
     )
     epoch = await wait_for_epoch(control, timeout_s=config.comm.startup_timeout_s)
     group = group_config(epoch, worker_id, config.comm)
-    device, dtype = device_of(config.model, config.device_index), dtype_of(config.model)
+    scheduling = scheduling_of(epoch)
 
     def load() -> ExpertRunner:
         with WeightReader(checkpoint, dtype=dtype, device=device) as reader:
             index = group.expert_ranks.index(group.rank)
-            return ExpertRunner(checkpoint.spec, load_layers(reader, placement_of(epoch), index))
+            layers = load_layers(reader, placement_of(epoch), index)
+        return ExpertRunner(checkpoint.spec, layers, worker=index, scheduling=scheduling)
 
     def join() -> GlooAttentionPool:
         return GlooAttentionPool(
@@ -117,8 +124,19 @@ class _Steps:
 
 def expert_load(runner: ExpertRunner) -> control_pb2.ExpertLoad:
     """What a heartbeat reports."""
+    counts = runner.counts()
     return control_pb2.ExpertLoad(
-        num_layer_steps=runner.num_layer_steps,
-        num_activated_experts=runner.num_activated_experts,
-        num_token_pairs=runner.num_token_pairs,
+        num_layer_steps=sum(one.num_steps for one in counts.values()),
+        num_activated_experts=sum(one.experts_W[runner.worker] for one in counts.values()),
+        num_token_pairs=sum(one.tokens_W[runner.worker] for one in counts.values()),
+        layers=[
+            control_pb2.LayerLoad(
+                layer=layer,
+                num_steps=one.num_steps,
+                sum_a_max=one.sum_a_max,
+                num_activated_experts=sum(one.experts_W),
+                expert_tokens=one.tokens_E,
+            )
+            for layer, one in counts.items()
+        ],
     )

@@ -1,8 +1,9 @@
 """What a monolithic worker is handed at launch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from janus_server.attention.config import AttentionConfig
+from janus_server.controller.config import PoolConfig, ScheduleConfig
 from janus_server.process import ProcessConfig
 
 
@@ -12,8 +13,10 @@ class MonolithConfig:
 
     attention: AttentionConfig
 
-    expert_workers: int = 1
-    """Shares that the experts are split into, as separate expert workers would."""
+    pools: PoolConfig = field(default_factory=PoolConfig)
+    """The experts are split as separate expert workers would split them."""
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     @property
     def process(self) -> ProcessConfig:

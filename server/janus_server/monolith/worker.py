@@ -3,10 +3,13 @@
 import asyncio
 
 from janus_proto.v1 import control_pb2
-from janus_scheduler.placement import round_robin
+from janus_scheduler.activation import Scheduling
 from janus_server.attention import worker as attention_worker
 from janus_server.comm.base import ExpertPool
 from janus_server.comm.local import LocalExpertPool
+from janus_server.controller.membership import given_costs
+from janus_server.controller.placement import first_placement
+from janus_server.experts.calibration import measure_costs
 from janus_server.experts.runner import ExpertRunner
 from janus_server.experts.weights import load_layers
 from janus_server.model.checkpoint import Checkpoint
@@ -26,16 +29,19 @@ async def main(config: MonolithConfig, stop: asyncio.Event) -> None:
 
 def local_expert_pool(config: MonolithConfig, checkpoint: Checkpoint) -> LocalExpertPool:
     """Load all experts, in as many shares as there are expert workers."""
-    spec = checkpoint.spec
-    placement = round_robin(
-        moe_layers=spec.moe_layers,
-        num_experts=spec.num_experts,
-        num_workers=config.expert_workers,
-    )
-    device = device_of(config.attention.model, config.attention.device_index)
-    with WeightReader(checkpoint, dtype=dtype_of(config.attention.model), device=device) as reader:
+    spec, model = checkpoint.spec, config.attention.model
+    placement = first_placement(config.pools, spec)
+    device, dtype = device_of(model, config.attention.device_index), dtype_of(model)
+    costs = given_costs(config.schedule) or measure_costs(spec, dtype=dtype, device=device)
+    scheduling = Scheduling(policy=config.schedule.schedule, costs=costs)
+    with WeightReader(checkpoint, dtype=dtype, device=device) as reader:
         runners = [
-            ExpertRunner(spec, load_layers(reader, placement, worker))
-            for worker in range(config.expert_workers)
+            ExpertRunner(
+                spec,
+                load_layers(reader, placement, worker),
+                worker=worker,
+                scheduling=scheduling,
+            )
+            for worker in range(placement.num_workers)
         ]
     return LocalExpertPool([runner.partial for runner in runners])

@@ -8,6 +8,7 @@ from janus_server.controller.membership import (
     RegistrationRefusedError,
     UnknownWorkerError,
 )
+from tests.fakes.controller import members_of
 from tests.fakes.model_specs import SMALL_SPEC
 
 ATTENTION = control_pb2.WORKER_ROLE_ATTENTION
@@ -16,7 +17,7 @@ EXPERT = control_pb2.WORKER_ROLE_EXPERT
 
 def membership(attention: int = 1, experts: int = 2, slots: int = 0) -> Membership:
     pools = PoolConfig(attention_workers=attention, expert_workers=experts, expert_slots=slots)
-    return Membership(spec=SMALL_SPEC, fingerprint="same", pools=pools)
+    return members_of(pools)
 
 
 def join(members: Membership, role: int, *, now_s: float = 0.0, fingerprint: str = "same") -> str:

@@ -12,10 +12,10 @@ from janus_proto.v1.control_pb2_grpc import (
 )
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.controller.config import PoolConfig
-from janus_server.controller.membership import Membership
 from janus_server.controller.service import SERVICE_NAME, ControlService
 from janus_server.errors import ConfigError, UnavailableError
 from janus_server.grpc_server import start_server
+from tests.fakes.controller import members_of
 from tests.fakes.model_specs import SMALL_SPEC
 
 ATTENTION = control_pb2.WORKER_ROLE_ATTENTION
@@ -26,7 +26,7 @@ EXPERT = control_pb2.WORKER_ROLE_EXPERT
 async def controller(*, attention: int = 1, experts: int = 1) -> AsyncIterator[str]:
     """Run a control service and yield its address."""
     pools = PoolConfig(attention_workers=attention, expert_workers=experts)
-    membership = Membership(spec=SMALL_SPEC, fingerprint="same", pools=pools)
+    membership = members_of(pools)
     service = ControlService(membership, store_address="store:1")
     server = await start_server(
         lambda grpc_server: add_ControlServiceServicer_to_server(service, grpc_server),

@@ -1,0 +1,302 @@
+"""The activation schedule in plain loops: the reference of the kernel, and what CPUs run.
+
+Compiled by numba. Policies as in `janus_scheduler.activation`, shapes as in `replica_table`, T
+tokens, K experts of a token. Integers throughout, so that all backends agree to the last pair.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from janus_kernels.replica_table import GOLDEN, TOKEN_SWEEPS, Policy
+
+# Compiled code takes plain integers.
+_FIRST, _RANDOM, _EPLB = int(Policy.FIRST), int(Policy.RANDOM), int(Policy.EPLB)
+_METRO, _EXACT, _TOKEN = int(Policy.METRO), int(Policy.EXACT), int(Policy.TOKEN)
+_AEBS, _AUTO = int(Policy.AEBS), int(Policy.AUTO)
+_LOW_32 = 0xFFFFFFFF
+
+Array = Any
+"""A numpy array of integers, shaped as its name says."""
+
+_compiled = numba.njit(cache=True, nogil=True)
+
+
+@_compiled
+def schedule_into(
+    policy: int,
+    ids_TK: Array,
+    slots_ER: Array,
+    num_replicas_E: Array,
+    slots_per_worker: int,
+    expert_ps: int,
+    pair_ps: int,
+    seed: int,
+    slots_TK: Array,
+    counts: Array,
+) -> None:
+    """Fill slots_TK and counts: tokens of each slot, activated experts of each worker, a_max, 1."""
+    num_tokens, top_k = ids_TK.shape
+    num_workers = (len(counts) - 2) // (slots_per_worker + 1)
+    num_slots = num_workers * slots_per_worker
+    if policy in (_FIRST, _EPLB, _RANDOM):
+        _deal_by_position(policy, ids_TK, slots_ER, num_replicas_E, seed, slots_TK)
+    else:
+        tokens_E = np.zeros(len(slots_ER), np.int64)
+        for token in range(num_tokens):
+            for k in range(top_k):
+                tokens_E[ids_TK[token, k]] += 1
+        workers_ER = slots_ER // slots_per_worker
+        shares_ER = np.zeros(slots_ER.shape, np.int64)
+        costs = (expert_ps, pair_ps)
+        _share(policy, tokens_E, workers_ER, num_replicas_E, num_workers, costs, shares_ER)
+        _deal(ids_TK, tokens_E, shares_ER, slots_ER, slots_TK)
+    counts[:] = 0
+    for token in range(num_tokens):
+        for k in range(top_k):
+            counts[slots_TK[token, k]] += 1
+    for slot in range(num_slots):
+        counts[num_slots + slot // slots_per_worker] += counts[slot] > 0
+    counts[-2], counts[-1] = counts[num_slots:-2].max(), 1
+
+
+@_compiled
+def _deal_by_position(
+    policy: int, ids_TK: Array, slots_ER: Array, num_replicas_E: Array, seed: int, slots_TK: Array
+) -> None:
+    """Choose the replica of each pair by nothing but where the pair stands in the batch."""
+    num_tokens, top_k = ids_TK.shape
+    for token in range(num_tokens):
+        for k in range(top_k):
+            expert = ids_TK[token, k]
+            index = 0
+            if policy != _FIRST:
+                index = token * top_k + k
+                if policy == _RANDOM:
+                    index = _mix(index, seed)
+                index %= num_replicas_E[expert]
+            slots_TK[token, k] = slots_ER[expert, index]
+
+
+@_compiled
+def _mix(position: int, seed: int) -> int:
+    """The finisher of MurmurHash3 over a counter."""
+    mixed = (position * GOLDEN + seed) & _LOW_32
+    mixed = ((mixed ^ (mixed >> 16)) * 0x85EBCA6B) & _LOW_32
+    mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2AE35) & _LOW_32
+    return mixed ^ (mixed >> 16)
+
+
+@_compiled
+def _share(
+    policy: int,
+    tokens_E: Array,
+    workers_ER: Array,
+    num_replicas_E: Array,
+    num_workers: int,
+    costs: tuple[int, int],
+    shares_ER: Array,
+) -> None:
+    """Fill shares_ER, which comes zeroed: the tokens that each replica is to have."""
+    if policy == _TOKEN:
+        _split(tokens_E, workers_ER, num_replicas_E, num_workers, shares_ER)
+        return
+    chosen_E = np.zeros(len(tokens_E), np.int64)
+    loads_W = np.zeros(num_workers, np.int64)
+    forced = 0
+    if policy != _METRO:
+        forced = _force(tokens_E, workers_ER, num_replicas_E, loads_W)
+    _greedy(tokens_E, workers_ER, num_replicas_E, policy != _METRO, chosen_E, loads_W)
+    if policy in (_EXACT, _AUTO):
+        # No schedule does better than an even spread, nor than what has no choice.
+        floor = max(-(-loads_W.sum() // num_workers), forced)
+        while loads_W.max() > floor:
+            if not _move_along_path(tokens_E, workers_ER, num_replicas_E, chosen_E, loads_W):
+                break
+    for expert in range(len(tokens_E)):
+        shares_ER[expert, chosen_E[expert]] = tokens_E[expert]
+    if policy == _AUTO:
+        whole, most_tokens = _cost(shares_ER, workers_ER, num_replicas_E, num_workers, costs)
+        # Splitting saves at most the computing of the fullest worker, and may add a read.
+        if costs[1] * most_tokens > costs[0]:
+            split_ER = np.zeros_like(shares_ER)
+            _split(tokens_E, workers_ER, num_replicas_E, num_workers, split_ER)
+            split, _ = _cost(split_ER, workers_ER, num_replicas_E, num_workers, costs)
+            if split < whole:
+                shares_ER[:] = split_ER
+
+
+@_compiled
+def _cost(
+    shares_ER: Array,
+    workers_ER: Array,
+    num_replicas_E: Array,
+    num_workers: int,
+    costs: tuple[int, int],
+) -> tuple[int, int]:
+    """Cost of the slowest worker, and tokens of the worker that has most."""
+    cost_W = np.zeros(num_workers, np.int64)
+    tokens_W = np.zeros(num_workers, np.int64)
+    for expert in range(len(shares_ER)):
+        for index in range(num_replicas_E[expert]):
+            tokens = shares_ER[expert, index]
+            if tokens > 0:
+                worker = workers_ER[expert, index]
+                cost_W[worker] += costs[0] + costs[1] * tokens
+                tokens_W[worker] += tokens
+    return cost_W.max(), tokens_W.max()
+
+
+@_compiled
+def _force(tokens_E: Array, workers_ER: Array, num_replicas_E: Array, loads_W: Array) -> int:
+    """Count the activated experts that have no choice; returns those of the fullest worker."""
+    for expert in range(len(tokens_E)):
+        if tokens_E[expert] > 0 and num_replicas_E[expert] == 1:
+            loads_W[workers_ER[expert, 0]] += 1
+    most: int = loads_W.max()
+    return most
+
+
+@_compiled
+def _greedy(
+    tokens_E: Array,
+    workers_ER: Array,
+    num_replicas_E: Array,
+    forced_first: bool,
+    chosen_E: Array,
+    loads_W: Array,
+) -> None:
+    """Give each activated expert that is not yet counted to its least loaded worker."""
+    for expert in range(len(tokens_E)):
+        if tokens_E[expert] > 0 and (num_replicas_E[expert] > 1 or not forced_first):
+            best = 0
+            for index in range(1, num_replicas_E[expert]):
+                if loads_W[workers_ER[expert, index]] < loads_W[workers_ER[expert, best]]:
+                    best = index
+            chosen_E[expert] = best
+            loads_W[workers_ER[expert, best]] += 1
+
+
+@_compiled
+def _move_along_path(
+    tokens_E: Array, workers_ER: Array, num_replicas_E: Array, chosen_E: Array, loads_W: Array
+) -> bool:
+    """Relieve the fullest worker of one expert along a shortest path; whether there is one."""
+    fullest = np.argmax(loads_W)
+    depth_W = np.full(len(loads_W), -1)
+    depth_W[fullest] = 0
+    # The expert that reaches a worker, and the replica to choose for it.
+    came_by_W2 = np.zeros((len(loads_W), 2), np.int64)
+    movable_E = (tokens_E > 0) & (num_replicas_E > 1)
+    depth, end = 0, -1
+    while end < 0:
+        if not _reach(movable_E, workers_ER, num_replicas_E, chosen_E, depth, depth_W, came_by_W2):
+            return False
+        depth += 1
+        for worker in range(len(loads_W) - 1, -1, -1):
+            if depth_W[worker] == depth and loads_W[worker] <= loads_W[fullest] - 2:
+                end = worker
+    loads_W[fullest] -= 1
+    loads_W[end] += 1
+    while end != fullest:
+        expert, index = came_by_W2[end]
+        end = workers_ER[expert, chosen_E[expert]]
+        chosen_E[expert] = index
+    return True
+
+
+@_compiled
+def _reach(
+    movable_E: Array,
+    workers_ER: Array,
+    num_replicas_E: Array,
+    chosen_E: Array,
+    depth: int,
+    depth_W: Array,
+    came_by_W2: Array,
+) -> bool:
+    """Mark the workers that an expert of a worker at `depth` could move to; whether there are."""
+    grew = False
+    for expert in range(len(movable_E)):
+        if movable_E[expert] and depth_W[workers_ER[expert, chosen_E[expert]]] == depth:
+            for index in range(num_replicas_E[expert]):
+                worker = workers_ER[expert, index]
+                if depth_W[worker] < 0:
+                    grew = True
+                    depth_W[worker] = depth + 1
+                    came_by_W2[worker, 0], came_by_W2[worker, 1] = expert, index
+    return grew
+
+
+@_compiled
+def _split(
+    tokens_E: Array,
+    workers_ER: Array,
+    num_replicas_E: Array,
+    num_workers: int,
+    shares_ER: Array,
+) -> None:
+    """Pour the tokens of each expert onto its least loaded workers; shares_ER comes zeroed."""
+    loads_W = np.zeros(num_workers, np.int64)
+    for expert in range(len(tokens_E)):
+        if num_replicas_E[expert] == 1:
+            shares_ER[expert, 0] = tokens_E[expert]
+            loads_W[workers_ER[expert, 0]] += tokens_E[expert]
+    for _ in range(TOKEN_SWEEPS):
+        for expert in range(len(tokens_E)):
+            if num_replicas_E[expert] > 1 and tokens_E[expert] > 0:
+                hosts_R = workers_ER[expert, : num_replicas_E[expert]]
+                shares_R = shares_ER[expert]
+                for index, worker in enumerate(hosts_R):
+                    loads_W[worker] -= shares_R[index]
+                _fill_up(loads_W, hosts_R, tokens_E[expert], shares_R)
+                for index, worker in enumerate(hosts_R):
+                    loads_W[worker] += shares_R[index]
+
+
+@_compiled
+def _fill_up(loads_W: Array, hosts_R: Array, amount: int, shares_R: Array) -> None:
+    """Share out `amount` so that the lowest loads stand level; the rest, by ascending worker.
+
+    The level is the least, over the loads taken as the highest still covered, of what they and all
+    lower ones would come to.
+    """
+    level = loads_W.max() + amount
+    for highest in hosts_R:
+        num_under, total = 0, amount
+        for worker in hosts_R:
+            if loads_W[worker] <= loads_W[highest]:
+                num_under += 1
+                total += loads_W[worker]
+        level = min(level, total // num_under)
+    left = amount
+    for index, worker in enumerate(hosts_R):
+        shares_R[index] = max(level - loads_W[worker], 0)
+        left -= shares_R[index]
+    for index, worker in enumerate(hosts_R):
+        if left > 0 and loads_W[worker] <= level:
+            shares_R[index] += 1
+            left -= 1
+
+
+@_compiled
+def _deal(
+    ids_TK: Array, tokens_E: Array, shares_ER: Array, slots_ER: Array, slots_TK: Array
+) -> None:
+    """Choose the replica of each pair by the tokens' indices, so that each gets about its share."""
+    upper_ER = np.zeros_like(shares_ER)
+    for expert in range(len(tokens_E)):
+        if tokens_E[expert] > 0:
+            up_to = 0
+            for index in range(shares_ER.shape[1]):
+                up_to += shares_ER[expert, index]
+                upper_ER[expert, index] = (up_to << 16) // tokens_E[expert]
+    for token in range(ids_TK.shape[0]):
+        place = ((token * GOLDEN) & _LOW_32) >> 16
+        for k in range(ids_TK.shape[1]):
+            expert = ids_TK[token, k]
+            index = 0
+            while place >= upper_ER[expert, index]:
+                index += 1
+            slots_TK[token, k] = slots_ER[expert, index]

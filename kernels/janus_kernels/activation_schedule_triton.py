@@ -1,0 +1,294 @@
+"""The activation schedule on a GPU: one launch of one program a layer, no word to the host.
+
+Shapes as in `replica_table`; T tokens, K experts of a token, P = T * K token-expert pairs; `_PAD`
+marks powers of two that cover a dimension. The program counts the tokens of each expert, has
+`replica_choice_triton` choose, and rewrites the pairs. The reference is `activation_schedule_cpu`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from janus_kernels.replica_choice_triton import WHOLE_SHARE, augment, greedy, split
+from janus_kernels.replica_table import GOLDEN, Policy, ReplicaTable
+
+MAX_WORKERS = 64
+"""A set of workers is one int64."""
+
+_MAX_BLOCK = 4096
+_GOLDEN = tl.constexpr(GOLDEN)
+_FIRST = tl.constexpr(int(Policy.FIRST))
+_RANDOM = tl.constexpr(int(Policy.RANDOM))
+_EPLB = tl.constexpr(int(Policy.EPLB))
+_METRO = tl.constexpr(int(Policy.METRO))
+_AEBS = tl.constexpr(int(Policy.AEBS))
+_EXACT = tl.constexpr(int(Policy.EXACT))
+_TOKEN = tl.constexpr(int(Policy.TOKEN))
+_AUTO = tl.constexpr(int(Policy.AUTO))
+
+
+@triton.jit
+def _mix(pair, seed):
+    """The finisher of MurmurHash3 over a counter."""
+    mixed = pair.to(tl.uint32) * _GOLDEN + seed.to(tl.uint32)
+    mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
+    mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35
+    return (mixed ^ (mixed >> 16)).to(tl.int64)
+
+
+@triton.jit
+def _rewrite(
+    ids_ptr,
+    slots_ptr,
+    num_replicas_ptr,
+    chosen_ptr,
+    upper_ptr,
+    out_slots_ptr,
+    counts_ptr,
+    num_pairs,
+    seed,
+    use_split,
+    POLICY: tl.constexpr,
+    WHOLE: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    S_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the slot of each pair, and the tokens of each slot."""
+    tl.debug_barrier()
+    tokens_S = tl.zeros([S_PAD], tl.int32)
+    for start in range(0, num_pairs, BLOCK):
+        pairs = start + tl.arange(0, BLOCK)
+        mask = pairs < num_pairs
+        ids = tl.load(ids_ptr + pairs, mask, other=0).to(tl.int32)
+        replica = tl.zeros([BLOCK], tl.int32)
+        if (POLICY == _EPLB) | (POLICY == _RANDOM):
+            position = pairs.to(tl.int64)
+            if POLICY == _RANDOM:
+                position = _mix(pairs, seed)
+            replica = (position % tl.load(num_replicas_ptr + ids, mask, other=1)).to(tl.int32)
+        if use_split:
+            place = ((((pairs // K).to(tl.int64) * _GOLDEN) & 0xFFFFFFFF) >> 16).to(tl.int32)
+            for below in tl.static_range(R):
+                upper = tl.load(upper_ptr + ids * R + below, mask, other=WHOLE_SHARE)
+                replica += (place >= upper).to(tl.int32)
+        slots = tl.load(slots_ptr + ids * R + replica, mask, other=0)
+        if WHOLE:
+            if not use_split:
+                slots = tl.load(chosen_ptr + ids, mask, other=0)
+        tl.store(out_slots_ptr + pairs, slots, mask)
+        tokens_S += tl.histogram(slots, S_PAD, mask=mask)
+    slots_S = tl.arange(0, S_PAD)
+    tl.store(counts_ptr + slots_S, tokens_S, slots_S < S)
+
+
+@triton.jit
+def _count_experts(counts_ptr, workers_W, W: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr):
+    """Write the activated experts of each worker, a_max and a one after the tokens of the slots."""
+    tl.debug_barrier()
+    columns_C = tl.arange(0, C_PAD)
+    in_WC = (workers_W[:, None] < W) & (columns_C[None, :] < C)
+    offsets_WC = workers_W[:, None] * C + columns_C[None, :]
+    read_WC = tl.load(counts_ptr + offsets_WC, in_WC, other=0) > 0
+    experts_W = tl.sum(read_WC.to(tl.int32), axis=1)
+    tl.store(counts_ptr + W * C + workers_W, experts_W, workers_W < W)
+    tl.store(counts_ptr + W * C + W, tl.max(experts_W, axis=0))
+    tl.store(counts_ptr + W * C + W + 1, 1)
+
+
+@triton.jit
+def _schedule_kernel(
+    ids_ptr,  # int64 [P]
+    slots_ptr,  # int32 [E, R]
+    num_replicas_ptr,  # int32 [E]
+    replicated_ptr,  # int32 [N]
+    slot_ptr,  # int32 [E, W]
+    hosts_ptr,  # int64 [E]
+    scratch_ptr,  # int32 [E + E + E * R + E * W]
+    out_slots_ptr,  # int32 [P]
+    counts_ptr,  # int32 [W * C + W + 2]
+    num_pairs,
+    num_replicated,
+    expert_ps,
+    pair_ps,
+    seed,
+    POLICY: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    E_PAD: tl.constexpr,
+    W_PAD: tl.constexpr,
+    C_PAD: tl.constexpr,
+    S_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    experts_E = tl.arange(0, E_PAD)
+    workers_W = tl.arange(0, W_PAD)
+    in_E = experts_E < E
+    tokens_ptr = scratch_ptr
+    chosen_ptr = scratch_ptr + E
+    upper_ptr = scratch_ptr + 2 * E
+    shares_ptr = upper_ptr + E * R
+    COUNTS: tl.constexpr = (POLICY != _FIRST) & (POLICY != _EPLB) & (POLICY != _RANDOM)
+    WHOLE: tl.constexpr = COUNTS & (POLICY != _TOKEN)
+    use_split = POLICY == _TOKEN
+
+    if COUNTS:
+        tokens_E = tl.zeros([E_PAD], tl.int32)
+        for start in range(0, num_pairs, BLOCK):
+            pairs = start + tl.arange(0, BLOCK)
+            ids = tl.load(ids_ptr + pairs, pairs < num_pairs, other=0).to(tl.int32)
+            tokens_E += tl.histogram(ids, E_PAD, mask=pairs < num_pairs)
+        tl.store(tokens_ptr + experts_E, tokens_E, in_E)
+        num_replicas_E = tl.load(num_replicas_ptr + experts_E, in_E, other=1)
+        home_E = tl.load(slots_ptr + experts_E * R, in_E, other=0) // C
+        forced_E = (tokens_E > 0) & (num_replicas_E == 1)
+        forced_W = tl.histogram(home_E, W_PAD, mask=forced_E)
+        tl.debug_barrier()
+
+    if WHOLE:
+        loads_W = tl.zeros([W_PAD], tl.int32) if POLICY == _METRO else forced_W
+        loads_W, chosen_E = greedy(
+            tokens_ptr,
+            replicated_ptr,
+            slot_ptr,
+            loads_W,
+            home_E,
+            experts_E,
+            workers_W,
+            E if POLICY == _METRO else num_replicated,
+            POLICY == _METRO,
+            W,
+            W_PAD,
+        )
+        if (POLICY == _EXACT) | (POLICY == _AUTO):
+            movable_E = (tokens_E > 0) & (num_replicas_E > 1) & in_E
+            hosts_E = tl.load(hosts_ptr + experts_E, in_E, other=0)
+            even = (tl.sum(loads_W, axis=0) + W - 1) // W
+            floor = tl.maximum(even, tl.max(forced_W, axis=0))
+            loads_W, chosen_E = augment(
+                loads_W, chosen_E, movable_E, hosts_E, experts_E, workers_W, floor
+            )
+        slot_E = tl.load(slot_ptr + experts_E * W + chosen_E, in_E, other=0)
+        tl.store(chosen_ptr + experts_E, slot_E, in_E)
+
+    if (POLICY == _TOKEN) | (POLICY == _AUTO):
+        on_W = (home_E[:, None] == workers_W[None, :]) & forced_E[:, None]
+        forced_tokens_W = tl.sum(tl.where(on_W, tokens_E[:, None], 0), axis=0)
+        tries_split = POLICY == _TOKEN
+        if POLICY == _AUTO:
+            on_W = (chosen_E[:, None] == workers_W[None, :]) & in_E[:, None]
+            tokens_W = tl.sum(tl.where(on_W, tokens_E[:, None], 0), axis=0).to(tl.int64)
+            whole = tl.max(expert_ps * loads_W.to(tl.int64) + pair_ps * tokens_W, axis=0)
+            # Splitting saves at most the computing of the fullest worker, and may add a read.
+            tries_split = pair_ps * tl.max(tokens_W, axis=0) > expert_ps
+            use_split = tries_split
+        if tries_split:
+            for replica in tl.static_range(R):
+                upper_E = tl.full([E_PAD], WHOLE_SHARE, tl.int32)
+                tl.store(upper_ptr + experts_E * R + replica, upper_E, in_E)
+            tl.debug_barrier()
+            split_tokens_W, split_experts_W = split(
+                tokens_ptr,
+                shares_ptr,
+                upper_ptr,
+                replicated_ptr,
+                slot_ptr,
+                forced_tokens_W,
+                forced_W,
+                workers_W,
+                num_replicated,
+                W,
+                R,
+            )
+            if POLICY == _AUTO:
+                read_W = expert_ps * split_experts_W.to(tl.int64)
+                compute_W = pair_ps * split_tokens_W.to(tl.int64)
+                use_split = tl.max(read_W + compute_W, axis=0) < whole
+
+    _rewrite(
+        ids_ptr,
+        slots_ptr,
+        num_replicas_ptr,
+        chosen_ptr,
+        upper_ptr,
+        out_slots_ptr,
+        counts_ptr,
+        num_pairs,
+        seed,
+        use_split,
+        POLICY,
+        WHOLE,
+        K,
+        R,
+        W * C,
+        S_PAD,
+        BLOCK,
+    )
+    _count_experts(counts_ptr, workers_W, W, C, C_PAD)
+
+
+def constants(
+    table: ReplicaTable, policy: Policy, *, num_tokens: int, top_k: int
+) -> dict[str, int]:
+    """The compile-time values of a launch, `num_warps` among them."""
+    num_experts, num_replicas = table.slots_ER.shape
+    num_workers, num_slots = table.num_workers, table.slots_per_worker
+    block = min(_MAX_BLOCK, max(128, triton.next_power_of_2(num_tokens * top_k)))
+    return {
+        "POLICY": int(policy),
+        "K": top_k,
+        "E": num_experts,
+        "R": num_replicas,
+        "W": num_workers,
+        "C": num_slots,
+        "E_PAD": triton.next_power_of_2(num_experts),
+        "W_PAD": triton.next_power_of_2(num_workers),
+        "C_PAD": triton.next_power_of_2(num_slots),
+        "S_PAD": triton.next_power_of_2(num_workers * num_slots),
+        "BLOCK": block,
+        "num_warps": 4 if block <= 1024 else 16,
+    }
+
+
+def launch(
+    topk_ids_TK: torch.Tensor,
+    table: ReplicaTable,
+    policy: Policy,
+    costs_ps: tuple[int, int],
+    seed: int,
+    slots_TK: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    """Fill slots_TK and counts, as `ActivationSchedule` has them, for topk_ids_TK (contiguous)."""
+    if table.num_workers > MAX_WORKERS:
+        raise ValueError(
+            f"a GPU schedules over up to {MAX_WORKERS} expert workers, not {table.num_workers}"
+        )
+    num_tokens, top_k = topk_ids_TK.shape
+    num_experts, num_replicas = table.slots_ER.shape
+    scratch = torch.empty(
+        num_experts * (2 + num_replicas + table.num_workers),
+        dtype=torch.int32,
+        device=topk_ids_TK.device,
+    )
+    _schedule_kernel[(1,)](
+        topk_ids_TK,
+        table.slots_ER,
+        table.num_replicas_E,
+        table.replicated_N,
+        table.slot_EW,
+        table.hosts_E,
+        scratch,
+        slots_TK,
+        counts,
+        num_tokens * top_k,
+        table.replicated_N.numel(),
+        *costs_ps,
+        seed,
+        **constants(table, policy, num_tokens=num_tokens, top_k=top_k),
+    )

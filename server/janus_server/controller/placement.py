@@ -1,0 +1,85 @@
+"""The placement that a server starts with: from a file that `janus placement` wrote, or dealt out.
+
+The file is JSON: {"num_experts": E, "layers": {"3": [[experts of worker 0's slots], ...], ...}}, -1
+for an empty slot.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from janus_scheduler.model_spec import ModelSpec
+from janus_scheduler.placement import Placement, round_robin
+from janus_server.controller.config import PoolConfig
+from janus_server.errors import ConfigError
+
+
+def first_placement(pools: PoolConfig, spec: ModelSpec) -> Placement:
+    """Where the experts go at the start; raises ConfigError where file, pools and model differ."""
+    if not pools.placement:
+        return round_robin(
+            moe_layers=spec.moe_layers,
+            num_experts=spec.num_experts,
+            num_workers=pools.expert_workers,
+            slots_per_worker=pools.expert_slots or None,
+        )
+    placement = read_placement(Path(pools.placement), spec.num_experts)
+    if placement.num_workers != pools.expert_workers:
+        raise ConfigError(
+            f"{pools.placement} places experts on {placement.num_workers} workers, but "
+            f"--expert-workers is {pools.expert_workers}"
+        )
+    if pools.expert_slots not in (0, placement.slots_per_worker):
+        raise ConfigError(
+            f"{pools.placement} gives each worker {placement.slots_per_worker} expert slots, but "
+            f"--expert-slots is {pools.expert_slots}"
+        )
+    missing = sorted(set(spec.moe_layers) - set(placement.layers))
+    if missing:
+        raise ConfigError(f"{pools.placement} does not place the experts of layer {missing[0]}")
+    return placement
+
+
+def read_placement(path: Path, num_experts: int) -> Placement:
+    """Read and check a placement of `num_experts` experts a layer; raises ConfigError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the placement {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    try:
+        placement = _placement(content)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise ConfigError(
+            f'{path} is not a placement: "layers" must give each layer a table of integers, one '
+            f"row of equal length a worker ({error})"
+        ) from None
+    try:
+        placement.check(num_experts)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return placement
+
+
+def write_placement(path: Path, placement: Placement, num_experts: int) -> None:
+    """Write what `read_placement` reads."""
+    layers = {str(layer): table.tolist() for layer, table in placement.layers.items()}
+    path.write_text(json.dumps({"num_experts": num_experts, "layers": layers}) + "\n")
+
+
+def _placement(content: Any) -> Placement:
+    tables = {int(layer): _table(rows) for layer, rows in content["layers"].items()}
+    first = next(iter(tables.values()), None)
+    if first is None:
+        raise ValueError("it has no layer")
+    return Placement(num_workers=first.shape[0], slots_per_worker=first.shape[1], layers=tables)
+
+
+def _table(rows: Any) -> np.ndarray[Any, np.dtype[np.int32]]:
+    table = np.array(rows)
+    if table.ndim != 2 or not table.size or table.dtype.kind != "i":
+        raise ValueError("a table must have two dimensions, of integers")
+    return table.astype(np.int32)

@@ -37,6 +37,24 @@ def _mix(pair, seed):
 
 
 @triton.jit
+def _count_tokens(ids_ptr, num_pairs, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens of each expert."""
+    tokens_E = tl.zeros([E_PAD], tl.int32)
+    for start in range(0, num_pairs, BLOCK):
+        pairs = start + tl.arange(0, BLOCK)
+        ids = tl.load(ids_ptr + pairs, pairs < num_pairs, other=0).to(tl.int32)
+        tokens_E += tl.histogram(ids, E_PAD, mask=pairs < num_pairs)
+    return tokens_E
+
+
+@triton.jit
+def _per_worker(values_E, worker_E, workers_W):
+    """Sum the experts' values over the worker of each."""
+    on_EW = worker_E[:, None] == workers_W[None, :]
+    return tl.sum(tl.where(on_EW, values_E[:, None], 0), axis=0)
+
+
+@triton.jit
 def _rewrite(
     ids_ptr,
     slots_ptr,
@@ -138,11 +156,7 @@ def _schedule_kernel(
     use_split = POLICY == _TOKEN
 
     if COUNTS:
-        tokens_E = tl.zeros([E_PAD], tl.int32)
-        for start in range(0, num_pairs, BLOCK):
-            pairs = start + tl.arange(0, BLOCK)
-            ids = tl.load(ids_ptr + pairs, pairs < num_pairs, other=0).to(tl.int32)
-            tokens_E += tl.histogram(ids, E_PAD, mask=pairs < num_pairs)
+        tokens_E = _count_tokens(ids_ptr, num_pairs, E_PAD, BLOCK)
         tl.store(tokens_ptr + experts_E, tokens_E, in_E)
         num_replicas_E = tl.load(num_replicas_ptr + experts_E, in_E, other=1)
         home_E = tl.load(slots_ptr + experts_E * R, in_E, other=0) // C
@@ -177,20 +191,17 @@ def _schedule_kernel(
         tl.store(chosen_ptr + experts_E, slot_E, in_E)
 
     if (POLICY == _TOKEN) | (POLICY == _AUTO):
-        on_W = (home_E[:, None] == workers_W[None, :]) & forced_E[:, None]
-        forced_tokens_W = tl.sum(tl.where(on_W, tokens_E[:, None], 0), axis=0)
+        forced_tokens_W = _per_worker(tl.where(forced_E, tokens_E, 0), home_E, workers_W)
         tries_split = POLICY == _TOKEN
         if POLICY == _AUTO:
-            on_W = (chosen_E[:, None] == workers_W[None, :]) & in_E[:, None]
-            tokens_W = tl.sum(tl.where(on_W, tokens_E[:, None], 0), axis=0).to(tl.int64)
+            tokens_W = _per_worker(tokens_E, chosen_E, workers_W).to(tl.int64)
             whole = tl.max(expert_ps * loads_W.to(tl.int64) + pair_ps * tokens_W, axis=0)
             # Splitting saves at most the computing of the fullest worker, and may add a read.
             tries_split = pair_ps * tl.max(tokens_W, axis=0) > expert_ps
             use_split = tries_split
         if tries_split:
             for replica in tl.static_range(R):
-                upper_E = tl.full([E_PAD], WHOLE_SHARE, tl.int32)
-                tl.store(upper_ptr + experts_E * R + replica, upper_E, in_E)
+                tl.store(upper_ptr + experts_E * R + replica, WHOLE_SHARE, in_E)
             tl.debug_barrier()
             split_tokens_W, split_experts_W = split(
                 tokens_ptr,

@@ -1,7 +1,7 @@
 """How one program of a GPU chooses replicas: the parts of `activation_schedule_triton`.
 
 One expert after the other, as each choice depends on those before; what is done for one expert is
-done for all workers at once. Shapes as in `replica_table`. A set of workers is the bits of an int64.
+done for all workers at once. Shapes as in `replica_table`; a set of workers is the bits of an int64.
 """
 
 import triton

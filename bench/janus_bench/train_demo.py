@@ -1,6 +1,9 @@
 """Train the demo checkpoint: a small Qwen3-MoE on the text that every Python installation carries.
 
-    python -m janus_bench.train_demo --output DIR [--minutes 36] [--threads 1] [--seed 0]
+    python -m janus_bench.train_demo --output DIR [--preset demo] [--minutes 36] [--threads 1]
+        [--seed 0]
+
+`--preset routing` trains a model of more layers and experts, to record routing from.
 
 The text is the standard library's source, docstrings included, and the topics of `pydoc`; one file
 in twenty is held out, chosen by a hash of its name. A byte-level BPE tokenizer and the model are
@@ -35,12 +38,18 @@ BATCH = 8
 PEAK_LEARNING_RATE = 2.5e-3
 WARM_UP = 0.02
 """Share of the time in which the learning rate rises."""
+PRESETS = {
+    "demo": {"num_hidden_layers": 4, "num_experts": 32, "num_experts_per_tok": 4},
+    "routing": {"num_hidden_layers": 6, "num_experts": 64, "num_experts_per_tok": 8},
+}
+"""What the models do not share. They have 6 M and 16 M parameters, most of them in experts."""
 
 
 def main() -> None:
     """Train, judge and write the checkpoint."""
     parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="demo", help="model shape")
     parser.add_argument("--minutes", type=float, default=36.0, help="time to train")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
@@ -49,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     training, held_out = read_corpus()
     tokenizer = train_tokenizer(training)
-    model = Qwen3MoeForCausalLM(model_config(tokenizer))
+    model = Qwen3MoeForCausalLM(model_config(tokenizer, PRESETS[arguments.preset]))
     model.set_experts_implementation("grouped_mm")
     tokens_N = encode(tokenizer, training)
     seen = train(model, tokens_N, seconds=60 * arguments.minutes)
@@ -97,18 +106,15 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def model_config(tokenizer: Tokenizer) -> Qwen3MoeConfig:
-    """About 6 M parameters, four fifths of them in experts."""
+def model_config(tokenizer: Tokenizer, shape: dict[str, int]) -> Qwen3MoeConfig:
+    """The model's values; `shape` is one of PRESETS."""
     end = end_of_text_id(tokenizer)
     values: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 256,
-        "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,
-        "num_experts": 32,
-        "num_experts_per_tok": 4,
         "moe_intermediate_size": 48,
         "intermediate_size": 768,
         "norm_topk_prob": True,
@@ -118,6 +124,7 @@ def model_config(tokenizer: Tokenizer) -> Qwen3MoeConfig:
         "output_router_logits": True,
         "bos_token_id": end,
         "eos_token_id": end,
+        **shape,
     }
     return Qwen3MoeConfig(**values)
 

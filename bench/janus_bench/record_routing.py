@@ -1,0 +1,165 @@
+"""Record which experts a trained checkpoint routes real text to.
+
+    python -m janus_bench.record_routing CHECKPOINT --output FILE.npz [--sequences 64]
+        [--tokens 128] [--threads 1]
+
+Source: transformers runs the checkpoint in fp32 (eager attention and experts) over texts that
+`train_demo` holds out, the middle `--tokens` tokens of each, one text a sequence; texts with fewer
+are skipped. The experts are the router's own choice.
+
+Format: a compressed npz with
+
+    layers       int32 [L]       indices of the MoE layers, ascending
+    topk_ids     uint8 [L, N, K] logical experts, highest router logit first; uint16 above 256
+                                 experts
+    sequence     int32 [N]       which text a token belongs to; tokens in reading order
+    num_experts  int32           E, of each layer
+
+Shapes: L MoE layers, N tokens of all texts, K experts of a token, E experts, T tokens of one text.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from janus_bench.train_demo import read_corpus
+
+ROUTER = re.compile(r"\.layers\.(\d+)\.mlp\.gate$")
+"""The name of a router, where transformers returns (logits, weights, ids) from it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """What the file holds; see the module's docstring."""
+
+    layers: NDArray[np.int32]
+    """[L]"""
+    topk_ids: NDArray[np.uint8 | np.uint16]
+    """[L, N, K]"""
+    sequence: NDArray[np.int32]
+    """[N]"""
+    num_experts: int
+
+
+def main() -> None:
+    """Record one checkpoint, write the file and say how uneven the routing is."""
+    parser = argparse.ArgumentParser(description="Record the expert routing of a checkpoint.")
+    parser.add_argument("checkpoint", type=Path, help="Hugging Face model folder")
+    parser.add_argument("--output", type=Path, required=True, help="npz file to write")
+    parser.add_argument("--sequences", type=int, default=64, help="texts to run")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each text")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    tokenizer = Tokenizer.from_file(str(arguments.checkpoint / "tokenizer.json"))
+    _, held_out = read_corpus()
+    token_ids = middles(tokenizer, held_out, arguments.sequences, arguments.tokens)
+    routing = record(load(arguments.checkpoint), token_ids)
+    write(routing, arguments.output)
+    for layer, factor in zip(routing.layers, skew(routing), strict=True):
+        print(f"layer {layer}: busiest expert at {factor:.2f} times the mean")
+
+
+def middles(
+    tokenizer: Tokenizer, texts: Sequence[str], num_texts: int, num_tokens: int
+) -> list[list[int]]:
+    """The middle `num_tokens` token ids of the first `num_texts` texts that are long enough."""
+    found: list[list[int]] = []
+    for text in texts:
+        if len(found) == num_texts:
+            break
+        ids = tokenizer.encode(text).ids
+        if len(ids) >= num_tokens:
+            first = (len(ids) - num_tokens) // 2
+            found.append(ids[first : first + num_tokens])
+    if len(found) < num_texts:
+        raise ValueError(
+            f"only {len(found)} held-out texts have {num_tokens} tokens; {num_texts} were asked for"
+        )
+    return found
+
+
+def load(folder: Path) -> Any:
+    """The checkpoint as transformers runs it, in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        local_files_only=True,
+    )
+    return model.eval()
+
+
+@torch.inference_mode()
+def record(model: Any, token_ids: Sequence[Sequence[int]]) -> Routing:
+    """Run the texts one by one and keep what the routers choose."""
+    chosen: dict[int, list[torch.Tensor]] = {}
+    num_experts: set[int] = set()
+
+    def keep(
+        layer: int,
+        _router: torch.nn.Module,
+        _inputs: tuple[torch.Tensor],
+        output: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> None:
+        logits_TE, _, topk_ids_TK = output
+        chosen[layer].append(topk_ids_TK)
+        num_experts.add(logits_TE.shape[-1])
+
+    handles = []
+    for name, module in model.named_modules():
+        if match := ROUTER.search(name):
+            layer = int(match[1])
+            chosen[layer] = []
+            handles.append(module.register_forward_hook(partial(keep, layer)))
+    if not handles:
+        raise ValueError("the model has no router at layers.*.mlp.gate")
+    for ids in tqdm(token_ids, unit="text"):
+        model(torch.tensor([list(ids)]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    assert len(num_experts) == 1, "every layer has as many experts"
+    (count,) = num_experts
+    layers = sorted(chosen)
+    topk_ids_LNK = torch.stack([torch.cat(chosen[layer]) for layer in layers]).numpy()
+    lengths = [len(ids) for ids in token_ids]
+    return Routing(
+        layers=np.array(layers, np.int32),
+        topk_ids=topk_ids_LNK.astype(np.uint8 if count <= 256 else np.uint16),
+        sequence=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        num_experts=count,
+    )
+
+
+def write(routing: Routing, path: Path) -> None:
+    """Write the npz file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        path,
+        layers=routing.layers,
+        topk_ids=routing.topk_ids,
+        sequence=routing.sequence,
+        num_experts=np.int32(routing.num_experts),
+    )
+
+
+def skew(routing: Routing) -> list[float]:
+    """For each layer, how often the busiest expert is used, as a multiple of the mean."""
+    loads = [np.bincount(ids.ravel(), minlength=routing.num_experts) for ids in routing.topk_ids]
+    return [float(load.max() / load.mean()) for load in loads]
+
+
+if __name__ == "__main__":
+    main()

@@ -154,7 +154,6 @@ def _schedule_kernel(
     COUNTS: tl.constexpr = (POLICY != _FIRST) & (POLICY != _EPLB) & (POLICY != _RANDOM)
     WHOLE: tl.constexpr = COUNTS & (POLICY != _TOKEN)
     use_split = POLICY == _TOKEN
-
     if COUNTS:
         tokens_E = _count_tokens(ids_ptr, num_pairs, E_PAD, BLOCK)
         tl.store(tokens_ptr + experts_E, tokens_E, in_E)
@@ -163,7 +162,6 @@ def _schedule_kernel(
         forced_E = (tokens_E > 0) & (num_replicas_E == 1)
         forced_W = tl.histogram(home_E, W_PAD, mask=forced_E)
         tl.debug_barrier()
-
     if WHOLE:
         loads_W = tl.zeros([W_PAD], tl.int32) if POLICY == _METRO else forced_W
         loads_W, chosen_E = greedy(
@@ -182,14 +180,12 @@ def _schedule_kernel(
         if (POLICY == _EXACT) | (POLICY == _AUTO):
             movable_E = (tokens_E > 0) & (num_replicas_E > 1) & in_E
             hosts_E = tl.load(hosts_ptr + experts_E, in_E, other=0)
-            even = (tl.sum(loads_W, axis=0) + W - 1) // W
-            floor = tl.maximum(even, tl.max(forced_W, axis=0))
+            floor = tl.maximum(tl.cdiv(tl.sum(loads_W, axis=0), W), tl.max(forced_W, axis=0))
             loads_W, chosen_E = augment(
                 loads_W, chosen_E, movable_E, hosts_E, experts_E, workers_W, floor
             )
-        slot_E = tl.load(slot_ptr + experts_E * W + chosen_E, in_E, other=0)
+        slot_E = tl.load(slot_ptr + experts_E * W + chosen_E, in_E)
         tl.store(chosen_ptr + experts_E, slot_E, in_E)
-
     if (POLICY == _TOKEN) | (POLICY == _AUTO):
         forced_tokens_W = _per_worker(tl.where(forced_E, tokens_E, 0), home_E, workers_W)
         tries_split = POLICY == _TOKEN
@@ -217,10 +213,8 @@ def _schedule_kernel(
                 R,
             )
             if POLICY == _AUTO:
-                read_W = expert_ps * split_experts_W.to(tl.int64)
-                compute_W = pair_ps * split_tokens_W.to(tl.int64)
-                use_split = tl.max(read_W + compute_W, axis=0) < whole
-
+                cost_W = expert_ps * split_experts_W + pair_ps * split_tokens_W
+                use_split = tl.max(cost_W, axis=0) < whole
     _rewrite(
         ids_ptr,
         slots_ptr,

@@ -1,7 +1,7 @@
 """How one program of a GPU chooses replicas: the parts of `activation_schedule_triton`.
 
 One expert after the other, as each choice depends on those before; what is done for one expert is
-done for all workers at once. Shapes as in `replica_table`; a set of workers is the bits of an int64.
+done for all workers at once. Shapes as in `replica_table`; an int64 is a set of workers, by bits.
 """
 
 import triton
@@ -143,4 +143,4 @@ def split(
                     replica_W = tl.cumsum(is_host_W.to(tl.int32), axis=0) - 1
                     tl.store(upper_ptr + expert * R + replica_W, upper_W.to(tl.int32), is_host_W)
         tl.debug_barrier()
-    return loads_W, experts_W
+    return loads_W.to(tl.int64), experts_W.to(tl.int64)

@@ -112,13 +112,18 @@ def schedule(
     )
 
 
-def activated(active_BE: npt.NDArray[np.bool_], replicas: LayerReplicas) -> npt.NDArray[np.int64]:
-    """Distinct experts of each worker under `exact`, int64 [B, W], for batches that activate these.
+def activated(active_BE: npt.NDArray[np.bool_], replicas: LayerReplicas) -> tuple[Array, Array]:
+    """What `exact` does with many batches at once: the same as `schedule` does with each.
 
-    Counts as `schedule` does, many batches at once.
+    active_BE says which experts a batch activates. Returns experts_BW, the distinct experts of each
+    worker, and chosen_BE, the index of the chosen replica, -1 for an idle expert.
     """
-    loads_BW, _ = _exact(active_BE, replicas)
-    return loads_BW
+    choosy = np.flatnonzero(replicas.num_replicas_E > 1)
+    loads_BW, chosen_BE = _greedy(active_BE, replicas, choosy)
+    floor_B = floor(active_BE, replicas)
+    for batch in np.flatnonzero(loads_BW.max(axis=1) > floor_B):
+        _augment(chosen_BE[batch], loads_BW[batch], replicas, int(floor_B[batch]))
+    return loads_BW, chosen_BE
 
 
 def floor(active_BE: npt.NDArray[np.bool_], replicas: LayerReplicas) -> npt.NDArray[np.int64]:
@@ -126,16 +131,6 @@ def floor(active_BE: npt.NDArray[np.bool_], replicas: LayerReplicas) -> npt.NDAr
     even_B = -(-active_BE.sum(axis=1) // replicas.num_workers)
     floor_B: Array = np.maximum(even_B, _forced(active_BE, replicas).max(axis=1))
     return floor_B
-
-
-def _exact(active_BE: npt.NDArray[np.bool_], replicas: LayerReplicas) -> tuple[Array, Array]:
-    """The greedy choice, mended where it is above the floor; as `_greedy` returns it."""
-    choosy = np.flatnonzero(replicas.num_replicas_E > 1)
-    loads_BW, chosen_BE = _greedy(active_BE, replicas, choosy)
-    floor_B = floor(active_BE, replicas)
-    for batch in np.flatnonzero(loads_BW.max(axis=1) > floor_B):
-        _augment(chosen_BE[batch], loads_BW[batch], replicas, int(floor_B[batch]))
-    return loads_BW, chosen_BE
 
 
 def _by_position(ids_TK: Array, num_replicas_E: Array, policy: SchedulePolicy, seed: int) -> Array:
@@ -204,7 +199,7 @@ def _whole(tokens_E: Array, replicas: LayerReplicas, policy: SchedulePolicy) -> 
     elif policy == "aebs":
         _, chosen_1E = _greedy(active_1E, replicas, np.flatnonzero(replicas.num_replicas_E > 1))
     elif policy == "exact":
-        _, chosen_1E = _exact(active_1E, replicas)
+        _, chosen_1E = activated(active_1E, replicas)
     tokens_ER = np.zeros(replicas.slots_ER.shape, dtype=np.int64)
     experts = np.flatnonzero(active_1E[0])
     tokens_ER[experts, chosen_1E[0, experts]] = tokens_E[experts]

@@ -27,7 +27,8 @@ from janus_scheduler.routing import ExpertIds, coactivation, expert_counts, samp
 PlacementPolicy = Literal["search", "coactivation", "eplb", "round_robin"]
 PLACEMENT_POLICIES: tuple[PlacementPolicy, ...] = get_args(PlacementPolicy)
 
-_SEARCH_BATCHES = 64
+_SEARCH_BATCHES = 256
+"""Fewer, and the search fits what it has seen rather than what is to come."""
 
 Counts = npt.NDArray[np.int64]
 AddedCost = Callable[[int, int, list[list[int]]], float]

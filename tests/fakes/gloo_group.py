@@ -12,11 +12,8 @@ import torch.distributed as dist
 
 from janus_server.comm.base import PartialFfn
 from janus_server.comm.epoch import GroupConfig
-from janus_server.comm.gloo import (
-    GlooAttentionPool,
-    GlooExpertPool,
-    join_group,
-)
+from janus_server.comm.gloo import GlooAttentionPool, GlooExpertPool
+from janus_server.comm.gloo_group import join_group
 
 _prefixes = count()
 T = TypeVar("T")

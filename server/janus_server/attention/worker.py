@@ -12,9 +12,11 @@ from janus_server.attention.engine_thread import EngineThread, StepResult
 from janus_server.attention.service import AttentionWorkerService
 from janus_server.attention.weights import load_attention_weights
 from janus_server.comm.base import ExpertPool
+from janus_server.comm.config import SIGNS_PER_TIMEOUT
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.comm.epoch import group_config
-from janus_server.comm.gloo import GlooExpertPool, join_group
+from janus_server.comm.gloo import GlooExpertPool
+from janus_server.comm.gloo_group import join_group
 from janus_server.comm.lifecycle import in_daemon_thread, run_until_stopped
 from janus_server.grpc_server import start_server
 from janus_server.model.checkpoint import Checkpoint
@@ -24,7 +26,6 @@ from janus_server.process import announce
 
 logger = logging.getLogger(__name__)
 
-_KEEPALIVES_PER_TIMEOUT = 4
 _STOP_GRACE_S = 5.0
 
 PoolFactory = Callable[[control_pb2.Epoch, str], ExpertPool]
@@ -100,7 +101,7 @@ async def _serve_epoch(
         pool,
         publish=publish,
         failed=failed,
-        keepalive_s=config.comm.comm_timeout_s / _KEEPALIVES_PER_TIMEOUT,
+        keepalive_s=config.comm.comm_timeout_s / SIGNS_PER_TIMEOUT,
     )
     thread.start()
     service.engine = thread

@@ -10,7 +10,8 @@ import torch
 from janus_proto.v1 import control_pb2
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.comm.epoch import group_config, placement_of
-from janus_server.comm.gloo import GlooAttentionPool, join_group
+from janus_server.comm.gloo import GlooAttentionPool
+from janus_server.comm.gloo_group import join_group
 from janus_server.comm.lifecycle import in_daemon_thread, run_until_stopped
 from janus_server.experts.config import ExpertConfig
 from janus_server.experts.runner import ExpertRunner

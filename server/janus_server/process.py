@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 import uvloop
 
 from janus_server import command_line
-from janus_server.errors import JanusError
+from janus_server.errors import JanusError, StuckThreadError
 from janus_server.telemetry import LogLevel, configure_logging
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,10 @@ def run(
         if cause is None:
             raise
         logger.error("%s", cause)
+        if isinstance(cause, StuckThreadError):
+            # The interpreter's exit would abort, with a core dump, on a thread inside C++.
+            logging.shutdown()
+            os._exit(1)
         return 1
     return 0
 

@@ -59,6 +59,19 @@ def attention_side(config: GroupConfig) -> GlooExpertPool:
     return GlooExpertPool(join_group(config), config)
 
 
+def expert_side(
+    config: GroupConfig, *, hidden_size: int, dtype: torch.dtype = torch.float32
+) -> GlooAttentionPool:
+    """Join as an expert worker."""
+    return GlooAttentionPool(
+        join_group(config),
+        config,
+        hidden_size=hidden_size,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+
+
 def serve_experts(
     config: GroupConfig,
     ffn: PartialFfn,
@@ -68,12 +81,6 @@ def serve_experts(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Join as an expert worker and serve until all attention workers close."""
-    pool = GlooAttentionPool(
-        join_group(config),
-        config,
-        hidden_size=hidden_size,
-        dtype=dtype,
-        device=torch.device("cpu"),
-    )
+    pool = expert_side(config, hidden_size=hidden_size, dtype=dtype)
     with torch.inference_mode():
         pool.serve(ffn, layers)

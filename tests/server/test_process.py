@@ -126,6 +126,21 @@ def test_an_error_for_users_is_one_sentence(start, body: str) -> None:
     assert "the moon is not full" in errors
 
 
+def test_a_stuck_thread_ends_the_process_hard(start) -> None:
+    child = start("""
+import atexit
+from janus_server.errors import StuckThreadError
+
+async def main(config, stop):
+    atexit.register(print, "the orderly exit")
+    raise StuckThreadError("a thread hangs")
+""")
+    output, errors = child.communicate(timeout=60)
+    assert (child.returncode, output) == (1, "")
+    assert errors.count("\n") == 1
+    assert "a thread hangs" in errors
+
+
 def test_any_other_error_keeps_its_traceback(start) -> None:
     child = start("async def main(config, stop):\n    1 / 0\n")
     _, errors = child.communicate(timeout=60)

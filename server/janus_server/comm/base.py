@@ -65,6 +65,10 @@ class ExpertPool(Protocol):
         """Announce that no step follows, and let go of the peers."""
         ...
 
+    def abandon(self) -> None:
+        """Let go at once, from any thread: whoever waits for a peer raises PeerLostError."""
+        ...
+
 
 def sum_partials(partials_WTH: torch.Tensor) -> torch.Tensor:
     """Add the partial results in fp32, worker by worker, so that the order never varies."""

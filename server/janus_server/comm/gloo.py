@@ -91,6 +91,10 @@ class GlooExpertPool:
         self._announce(Announcement.CLOSE)
         self._await_announcement()
 
+    def abandon(self) -> None:
+        """Let go of all peers at once, from any thread: whoever waits raises PeerLostError."""
+        close_group(self._group, peer=self._experts[0])
+
     def _post_start(self) -> PendingTransfer:
         with peer_errors("while announcing a step"):
             return self._group.recv([self._start_word], self._experts[0], _CONTROL_TAG)

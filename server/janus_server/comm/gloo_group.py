@@ -76,8 +76,8 @@ def peer_errors(when: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # Without the C++ file in front and the C++ trace behind.
-        reason = _CPP_PLACE.sub("", str(error).partition("\n")[0])
+        # Without the C++ file in front, and gloo's advice and the C++ trace behind.
+        reason = _CPP_PLACE.sub("", str(error).partition("\n")[0]).partition(". This is")[0]
         kind = GroupClosedError if reason.startswith(_CLOSED_HERE) else PeerLostError
         raise kind(f"a peer of the group was lost {when}: {reason}") from error
 

@@ -11,7 +11,13 @@ from janus_server.errors import PeerLostError
 from janus_server.model.checkpoint import Checkpoint
 from tests.conftest import CheckpointFactory
 from tests.fakes.decoding import expert_runners, greedy_decode, local_pool
-from tests.fakes.gloo_group import attention_side, group_configs, in_thread, serve_experts
+from tests.fakes.gloo_group import (
+    attention_side,
+    expert_side,
+    group_configs,
+    in_thread,
+    serve_experts,
+)
 
 DEADLINE_S = 60
 LAYERS = [0, 2]
@@ -213,6 +219,35 @@ def test_an_idle_worker_that_falls_silent_within_a_step_is_named() -> None:
             experts.result(DEADLINE_S)
         with pytest.raises(PeerLostError):
             busy.result(DEADLINE_S)
+
+
+def test_whoever_is_given_up_ends_at_once() -> None:
+    with group_configs(1, 2) as configs:
+        pools = [in_thread(lambda c=c: expert_side(c, hidden_size=HIDDEN)) for c in configs[1:]]
+        attention = attention_side(configs[0])
+        leader, follower = (pool.result(DEADLINE_S) for pool in pools)
+        work = [in_thread(lambda p=p: p.serve(times(1), [0])) for p in (leader, follower)]
+        run_step(attention, [0], 1)
+        work.append(in_thread(lambda: run_step(attention, [1], 1)))
+        leader.abandon()
+        for future in work:
+            with pytest.raises(PeerLostError):
+                future.result(DEADLINE_S)
+
+
+@pytest.mark.parametrize("side", ["attention", "expert"])
+def test_a_worker_that_gives_up_frees_its_own_thread(side: str) -> None:
+    with group_configs(1, 1) as configs:
+        joining = in_thread(lambda: expert_side(configs[1], hidden_size=HIDDEN))
+        attention, experts = attention_side(configs[0]), joining.result(DEADLINE_S)
+        if side == "attention":  # its step never starts: nobody serves
+            waiting = in_thread(lambda: run_step(attention, [0], 1))
+            attention.abandon()
+        else:
+            waiting = in_thread(lambda: experts.serve(times(1), [0]))
+            experts.abandon()
+        with pytest.raises(PeerLostError):
+            waiting.result(DEADLINE_S)
 
 
 def test_an_expert_worker_that_fails_is_noticed() -> None:

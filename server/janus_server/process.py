@@ -81,8 +81,14 @@ def run(
 
 def announce(address: str) -> None:
     """Tell the parent, by one line on standard output, the HOST:PORT that was really bound."""
-    sys.stdout.write(f"{_ANNOUNCEMENT}{address}\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(f"{_ANNOUNCEMENT}{address}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        logger.warning("nobody reads the address that was bound, %s", address)
+        # The line is still buffered; give the interpreter's last flush somewhere to go.
+        with open(os.devnull, "w") as devnull:
+            os.dup2(devnull.fileno(), sys.stdout.fileno())
 
 
 def announced_address(line: str) -> str | None:

@@ -75,6 +75,14 @@ def test_a_closed_lifeline_is_an_orderly_stop(start) -> None:
     assert child.wait(60) == 0
 
 
+def test_a_parent_that_is_gone_before_the_announcement_is_no_error(start) -> None:
+    child = start(UNTIL_STOPPED, "--lifeline")
+    child.stdout.close()
+    child.stdin.close()
+    assert child.wait(60) == 0
+    assert "Traceback" not in child.stderr.read()
+
+
 def test_without_lifeline_a_closed_input_means_nothing(start) -> None:
     child = start(UNTIL_STOPPED)
     child.stdin.close()

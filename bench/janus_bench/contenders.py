@@ -23,7 +23,8 @@ from janus_server.attention.engine import Engine
 from janus_server.attention.weights import load_attention_weights
 from janus_server.comm.base import ExpertPool
 from janus_server.comm.epoch import GroupConfig
-from janus_server.comm.gloo import GlooAttentionPool, GlooExpertPool, join_group
+from janus_server.comm.gloo import GlooAttentionPool, GlooExpertPool
+from janus_server.comm.gloo_group import join_group
 from janus_server.comm.local import LocalExpertPool
 from janus_server.experts.runner import ExpertRunner
 from janus_server.experts.weights import load_layers

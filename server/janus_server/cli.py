@@ -1,15 +1,22 @@
-"""The `janus` command: finds its sub-commands by name, runs one, turns errors into sentences."""
+"""The `janus` command: finds its sub-commands by name, runs one, turns errors into sentences.
+
+Whatever takes time to import is imported by `main` or below it, which knows what Ctrl-C means.
+"""
+
+from __future__ import annotations
 
 import contextlib
-import difflib
-import importlib.metadata
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING
 
-from janus_server.command_line import Command
 from janus_server.errors import JanusError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from importlib.metadata import EntryPoint
+
+    from janus_server.command_line import Command
 
 _GROUP = "janus.commands"
 
@@ -63,6 +70,8 @@ def summarize(name: str, command: Command) -> str:
 
 
 def _run(arguments: list[str]) -> int:
+    import importlib.metadata
+
     commands = {entry.name: entry for entry in importlib.metadata.entry_points(group=_GROUP)}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help(commands), end="")
@@ -95,6 +104,8 @@ def _load(entry: EntryPoint) -> Command:
 
 
 def _complain_about(name: str, commands: Mapping[str, EntryPoint]) -> int:
+    import difflib
+
     close = difflib.get_close_matches(name, commands, n=1)
     hint = f"did you mean `janus {close[0]}`?" if close else "`janus --help` lists them."
     print(f"janus: there is no command {name!r}; {hint}", file=sys.stderr)

@@ -19,7 +19,7 @@ from janus_server.cluster_plan import controller_config, endpoint_config, worker
 from janus_server.comm.control_client import ControlClient
 from janus_server.command_line import to_argv
 from janus_server.config import ServeConfig
-from janus_server.errors import ConfigError, UnavailableError
+from janus_server.errors import ConfigError, JanusError, PeerLostError, UnavailableError
 from janus_server.grpc_server import channel_options
 from janus_server.supervisor import Child, Supervisor
 
@@ -29,6 +29,9 @@ OnWorkerReady = Callable[[control_pb2.Worker], None]
 
 _STOP_TIMEOUT_S = 15.0
 """How long workers and controller may take to end, in seconds."""
+
+_FAILED_STOP_TIMEOUT_S = 3.0
+"""The same once a process was lost: who hangs then is likely the cause; the others end at once."""
 
 _DRAIN_MARGIN_S = 5.0
 """How much longer than its drain timeout the endpoint may take to end, in seconds."""
@@ -68,17 +71,25 @@ async def running_cluster(
     The configuration is one that `check_config` has passed. `on_worker_ready` is called as each
     worker becomes ready. Setting `hurry` skips draining and every other wait at the end. `stderr`
     takes the processes' logs; None: this process's own. Raises PeerLostError when a process ends
-    during the start, UnavailableError when the start takes longer than its timeout.
+    during the start, UnavailableError when the start takes longer than its timeout. Being
+    cancelled while an error is on its way only sets `hurry`; where a process crashes during an
+    orderly end, PeerLostError is raised as well.
     """
-    supervisor = Supervisor(hurry=hurry or asyncio.Event(), stderr=stderr)
+    hurry = hurry or asyncio.Event()
+    supervisor = Supervisor(hurry=hurry, stderr=stderr)
     lifecycle = _Lifecycle(config, supervisor, on_worker_ready)
     try:
         yield await supervisor.unless_failed(lifecycle.start())
+    except JanusError:
+        await _to_the_end(lifecycle.end(), hurry)
+        raise
     finally:
         try:
             await lifecycle.end()
         finally:
             supervisor.kill_all()
+        if supervisor.has_crashed:
+            raise PeerLostError(lifecycle.failure)
 
 
 class _Lifecycle:
@@ -107,14 +118,30 @@ class _Lifecycle:
         self._is_serving = True
         return cluster
 
+    @property
+    def failure(self) -> str:
+        """Who ended first unasked, and who hung: probably the cause."""
+        # A draining endpoint waits for others.
+        hung = [
+            child.name
+            for child in self._supervisor.children
+            if child.has_hung and child is not self._endpoint
+        ]
+        cause = f"; what hung and was killed: the {', the '.join(hung)}" if hung else ""
+        return self._supervisor.failure + cause
+
     async def end(self) -> None:
         supervisor = self._supervisor
         if self._endpoint is not None and self._is_serving and not supervisor.has_failed:
             drain_s = self._config.admission.drain_timeout_s
             await supervisor.end([self._endpoint], timeout_s=drain_s + _DRAIN_MARGIN_S)
         others = [child for child in supervisor.children if child is not self._controller]
-        await supervisor.end(others, timeout_s=_STOP_TIMEOUT_S)
-        await supervisor.end(supervisor.children, timeout_s=_STOP_TIMEOUT_S)
+        await supervisor.end(others, timeout_s=self._stop_timeout_s)
+        await supervisor.end(supervisor.children, timeout_s=self._stop_timeout_s)
+
+    @property
+    def _stop_timeout_s(self) -> float:
+        return _FAILED_STOP_TIMEOUT_S if self._supervisor.has_failed else _STOP_TIMEOUT_S
 
     async def _start(self) -> Cluster:
         config = self._config
@@ -156,6 +183,17 @@ class _Lifecycle:
                 members = [*epoch.attention_workers, *epoch.expert_workers]
                 if members and all(worker.ready for worker in members):
                     return
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None], hurry: asyncio.Event) -> None:
+    """Await `work`; being cancelled only sets `hurry`."""
+    working = asyncio.create_task(work)
+    while not working.done():
+        try:
+            await asyncio.wait([working])
+        except asyncio.CancelledError:
+            hurry.set()
+    working.result()
 
 
 async def _wait_until_serving(address: str) -> None:

@@ -31,3 +31,7 @@ class UnavailableError(JanusError):
 
 class PeerLostError(JanusError):
     """A worker of the epoch died or stayed silent past its deadline."""
+
+
+class StuckThreadError(JanusError):
+    """A thread cannot be made to end: the process must, without the interpreter's orderly exit."""

@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 import uvloop
 
 from janus_server import command_line
-from janus_server.errors import JanusError
+from janus_server.errors import JanusError, StuckThreadError
 from janus_server.telemetry import LogLevel, configure_logging
 
 logger = logging.getLogger(__name__)
@@ -71,14 +71,24 @@ def run(
         if cause is None:
             raise
         logger.error("%s", cause)
+        if isinstance(cause, StuckThreadError):
+            # The interpreter's exit would abort, with a core dump, on a thread inside C++.
+            logging.shutdown()
+            os._exit(1)
         return 1
     return 0
 
 
 def announce(address: str) -> None:
     """Tell the parent, by one line on standard output, the HOST:PORT that was really bound."""
-    sys.stdout.write(f"{_ANNOUNCEMENT}{address}\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(f"{_ANNOUNCEMENT}{address}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        logger.warning("nobody reads the address that was bound, %s", address)
+        # The line is still buffered; give the interpreter's last flush somewhere to go.
+        with open(os.devnull, "w") as devnull:
+            os.dup2(devnull.fileno(), sys.stdout.fileno())
 
 
 def announced_address(line: str) -> str | None:

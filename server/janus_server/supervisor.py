@@ -32,6 +32,8 @@ class Child:
         self.pid = process.pid
         self.is_ending = False
         """Whether it was asked to end."""
+        self.has_hung = False
+        """Whether it had to be killed because it did not end in time."""
         self.process = process
         self.exited = asyncio.create_task(process.wait(), name=f"exit of {self.name}")
         """Its exit status; negative: the signal that killed it."""
@@ -80,12 +82,15 @@ class Supervisor:
         self._hurry = hurry
         self._stderr = stderr
         self._failed = asyncio.Event()
-        self._failure = ""
+        self.failure = ""
+        """Who ended first unasked, or with an error, and how."""
+        self.has_crashed = False
+        """Whether its exit status was none of an orderly end."""
         self._watches: list[asyncio.Task[None]] = []
 
     @property
     def has_failed(self) -> bool:
-        """Whether a child ended unasked."""
+        """Whether a child ended unasked, or with an error."""
         return self._failed.is_set()
 
     async def spawn(
@@ -115,7 +120,7 @@ class Supervisor:
         try:
             await asyncio.wait({working, failing}, return_when=asyncio.FIRST_COMPLETED)
             if self._failed.is_set():
-                raise PeerLostError(self._failure)
+                raise PeerLostError(self.failure)
             return working.result()
         finally:
             working.cancel()
@@ -125,7 +130,7 @@ class Supervisor:
     async def wait_for_failure(self) -> None:
         """Wait until a child ends unasked, and raise PeerLostError that names it."""
         await self._failed.wait()
-        raise PeerLostError(self._failure)
+        raise PeerLostError(self.failure)
 
     async def end(self, children: Sequence[Child], *, timeout_s: float) -> None:
         """End these children together; kill those that take longer than `timeout_s` seconds."""
@@ -144,6 +149,7 @@ class Supervisor:
                 hurrying.cancel()
                 for child in children:
                     if not child.exited.done():
+                        child.has_hung = not self._hurry.is_set()
                         logger.warning("killing the %s, which did not end in time", child.name)
                         child.kill()
             await asyncio.wait(exits)
@@ -158,8 +164,9 @@ class Supervisor:
 
     async def _watch(self, child: Child) -> None:
         status = await child.exited
-        if not child.is_ending and not self._failed.is_set():
-            self._failure = f"the {child.name} {describe_exit(status)}"
+        if (not child.is_ending or status > 0) and not self._failed.is_set():
+            self.failure = f"the {child.name} {describe_exit(status)}"
+            self.has_crashed = status != 0
             self._failed.set()
 
 

@@ -197,6 +197,31 @@ def test_a_killed_expert_worker_ends_the_server_with_a_sentence(folder: Path) ->
         assert psutil.wait_procs(family, timeout=10)[1] == []
 
 
+@pytest.mark.parametrize("is_hurried", [False, True])
+def test_a_worker_that_hangs_is_named_and_killed(folder: Path, is_hurried: bool) -> None:
+    with serving(folder, "--expert-workers", "2", "--comm-timeout-s", "1") as server:
+        call = server.stub.Generate(request([1, 2, 3], 900), timeout=60)
+        next(call)
+        family = server.family()
+        victim = next(one for one in family if "janus_server.experts" in one.cmdline())
+        other = next(one for one in family if "janus_server.attention" in one.cmdline())
+        victim.suspend()
+        with pytest.raises(grpc.RpcError):
+            list(call)
+        other.wait(20)
+        if is_hurried:  # that the rest is to end is no reason to call it an orderly end
+            server.process.terminate()
+        _, stderr = server.process.communicate(timeout=40)
+        assert server.process.returncode == 1, stderr
+        last = stderr.strip().splitlines()[-1]
+        assert last.startswith("janus: the ")
+        if not is_hurried:
+            assert last.endswith(
+                f"; what hung and was killed: the expert worker (pid {victim.pid})"
+            )
+        assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

@@ -12,11 +12,8 @@ import torch.distributed as dist
 
 from janus_server.comm.base import PartialFfn
 from janus_server.comm.epoch import GroupConfig
-from janus_server.comm.gloo import (
-    GlooAttentionPool,
-    GlooExpertPool,
-    join_group,
-)
+from janus_server.comm.gloo import GlooAttentionPool, GlooExpertPool
+from janus_server.comm.gloo_group import join_group
 
 _prefixes = count()
 T = TypeVar("T")
@@ -62,6 +59,19 @@ def attention_side(config: GroupConfig) -> GlooExpertPool:
     return GlooExpertPool(join_group(config), config)
 
 
+def expert_side(
+    config: GroupConfig, *, hidden_size: int, dtype: torch.dtype = torch.float32
+) -> GlooAttentionPool:
+    """Join as an expert worker."""
+    return GlooAttentionPool(
+        join_group(config),
+        config,
+        hidden_size=hidden_size,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+
+
 def serve_experts(
     config: GroupConfig,
     ffn: PartialFfn,
@@ -71,12 +81,6 @@ def serve_experts(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Join as an expert worker and serve until all attention workers close."""
-    pool = GlooAttentionPool(
-        join_group(config),
-        config,
-        hidden_size=hidden_size,
-        dtype=dtype,
-        device=torch.device("cpu"),
-    )
+    pool = expert_side(config, hidden_size=hidden_size, dtype=dtype)
     with torch.inference_mode():
         pool.serve(ffn, layers)

@@ -75,6 +75,14 @@ def test_a_closed_lifeline_is_an_orderly_stop(start) -> None:
     assert child.wait(60) == 0
 
 
+def test_a_parent_that_is_gone_before_the_announcement_is_no_error(start) -> None:
+    child = start(UNTIL_STOPPED, "--lifeline")
+    child.stdout.close()
+    child.stdin.close()
+    assert child.wait(60) == 0
+    assert "Traceback" not in child.stderr.read()
+
+
 def test_without_lifeline_a_closed_input_means_nothing(start) -> None:
     child = start(UNTIL_STOPPED)
     child.stdin.close()
@@ -124,6 +132,21 @@ def test_an_error_for_users_is_one_sentence(start, body: str) -> None:
     assert child.returncode == 1
     assert errors.count("\n") == 1
     assert "the moon is not full" in errors
+
+
+def test_a_stuck_thread_ends_the_process_hard(start) -> None:
+    child = start("""
+import atexit
+from janus_server.errors import StuckThreadError
+
+async def main(config, stop):
+    atexit.register(print, "the orderly exit")
+    raise StuckThreadError("a thread hangs")
+""")
+    output, errors = child.communicate(timeout=60)
+    assert (child.returncode, output) == (1, "")
+    assert errors.count("\n") == 1
+    assert "a thread hangs" in errors
 
 
 def test_any_other_error_keeps_its_traceback(start) -> None:

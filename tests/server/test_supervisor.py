@@ -59,6 +59,22 @@ def test_a_child_that_ends_unasked_is_named() -> None:
     asyncio.run(check())
 
 
+def test_an_error_on_the_way_to_an_end_that_was_asked_for_is_a_crash() -> None:
+    async def check() -> None:
+        source = (
+            "import signal, os; signal.signal(signal.SIGTERM, lambda *_: os._exit(3)); "
+            f"print('listening here', flush=True); {SLEEP}"
+        )
+        async with supervisor() as one:
+            child = await one.spawn("loser", "timeit", statement(source), announces=True)
+            await child.address()
+            await one.end([child], timeout_s=DEADLINE_S)
+            assert one.has_crashed
+            assert one.failure == f"the loser (pid {child.pid}) ended with exit status 3"
+
+    asyncio.run(check())
+
+
 def test_an_end_that_was_asked_for_is_no_failure() -> None:
     async def check() -> None:
         async with supervisor() as one:
@@ -66,6 +82,7 @@ def test_an_end_that_was_asked_for_is_no_failure() -> None:
             await one.end([child], timeout_s=DEADLINE_S)
             assert await child.exited == -15
             assert not one.has_failed
+            assert not one.has_crashed
             assert await one.unless_failed(asyncio.sleep(0, "result")) == "result"
 
     asyncio.run(check())
@@ -90,6 +107,7 @@ def test_a_child_that_ignores_the_request_is_killed() -> None:
             await child.address()
             await one.end([child], timeout_s=0.1)
             assert await child.exited == -9
+            assert child.has_hung
 
     asyncio.run(check())
 
@@ -105,6 +123,7 @@ def test_hurry_cuts_the_wait_short() -> None:
             hurry.set()
             await asyncio.wait_for(ending, DEADLINE_S)
             assert await child.exited == -9
+            assert not child.has_hung
 
     asyncio.run(check())
 

@@ -2,7 +2,6 @@
 
 import logging
 import queue
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,7 +36,10 @@ class StepResult:
 
 
 class EngineThread:
-    """Owns the engine: takes commands at step boundaries and publishes every step's result."""
+    """Owns the engine: takes commands at step boundaries and publishes every step's result.
+
+    `run` is for a thread of its own; the other methods are for the event loop.
+    """
 
     def __init__(
         self,
@@ -45,22 +47,32 @@ class EngineThread:
         pool: ExpertPool,
         *,
         publish: Callable[[StepResult], None],
-        failed: Callable[[Exception], None],
         keepalive_s: float,
     ) -> None:
-        """`publish` and `failed` are called from the engine's thread."""
+        """`publish` is called from the engine's thread."""
         self._engine = engine
         self._pool = pool
         self._publish = publish
-        self._failed = failed
         self._keepalive_s = keepalive_s
         self._commands: queue.SimpleQueue[Callable[[], str | None] | None] = queue.SimpleQueue()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+    def run(self) -> None:
+        """Run steps until `stop`; raises what the engine raises."""
+        while True:
+            ended = self._take_commands()
+            if self._stopping:
+                self._pool.close()
+                return
+            outputs = self._engine.step(self._pool) if self._engine.has_work else []
+            if not self._engine.has_work:
+                self._engine.batcher.check_integrity()
+            if outputs or ended:
+                self._publish(
+                    StepResult(
+                        step=self._engine.steps, outputs=outputs, ended=ended, load=self.load()
+                    )
+                )
 
     def submit(self, request_id: str, prompt_ids: tuple[int, ...], params: SamplingParams) -> None:
         """Queue a request; one that cannot run comes back in StepResult.ended."""
@@ -91,35 +103,9 @@ class EngineThread:
             num_preemptions=batcher.num_preemptions,
         )
 
-    def stop(self, timeout_s: float) -> None:
-        """End after the running step, dropping what is left; waits at most `timeout_s`."""
+    def stop(self) -> None:
+        """Ask `run` to return after the running step, dropping what is left."""
         self._commands.put(None)
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            logger.error("the engine's step did not end within %g s", timeout_s)
-
-    def _run(self) -> None:
-        try:
-            while True:
-                ended = self._take_commands()
-                if self._stopping:
-                    self._pool.close()
-                    return
-                outputs = self._engine.step(self._pool) if self._engine.has_work else []
-                if not self._engine.has_work:
-                    self._engine.batcher.check_integrity()
-                if outputs or ended:
-                    self._publish(
-                        StepResult(
-                            step=self._engine.steps,
-                            outputs=outputs,
-                            ended=ended,
-                            load=self.load(),
-                        )
-                    )
-        except Exception as error:
-            logger.error("the engine stopped: %s", error)
-            self._failed(error)
 
     def _take_commands(self) -> list[str]:
         """Run the queued commands; while there is no work, wait for one and show signs of life."""

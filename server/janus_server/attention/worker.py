@@ -12,10 +12,12 @@ from janus_server.attention.engine_thread import EngineThread, StepResult
 from janus_server.attention.service import AttentionWorkerService
 from janus_server.attention.weights import load_attention_weights
 from janus_server.comm.base import ExpertPool
+from janus_server.comm.config import SIGNS_PER_TIMEOUT
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.comm.epoch import group_config
-from janus_server.comm.gloo import GlooExpertPool, join_group
-from janus_server.comm.lifecycle import in_daemon_thread, run_until_stopped
+from janus_server.comm.gloo import GlooExpertPool
+from janus_server.comm.gloo_group import join_group
+from janus_server.comm.lifecycle import WorkThread, run_until_stopped
 from janus_server.grpc_server import start_server
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.cpu import use_cpu
@@ -24,7 +26,6 @@ from janus_server.process import announce
 
 logger = logging.getLogger(__name__)
 
-_KEEPALIVES_PER_TIMEOUT = 4
 _STOP_GRACE_S = 5.0
 
 PoolFactory = Callable[[control_pb2.Epoch, str], ExpertPool]
@@ -80,36 +81,29 @@ async def _serve_epoch(
         timeout_s=config.comm.startup_timeout_s,
     )
     loop = asyncio.get_running_loop()
-    failure: asyncio.Future[None] = loop.create_future()
 
     def publish(result: StepResult) -> None:
         loop.call_soon_threadsafe(service.publish, result)
 
-    def fail(error: Exception) -> None:
-        if not failure.done():  # as it is once this worker was told to stop
-            failure.set_exception(error)
-
-    def failed(error: Exception) -> None:
-        loop.call_soon_threadsafe(fail, error)
-
-    engine = await in_daemon_thread(lambda: _load_engine(config, checkpoint))
+    engine = await WorkThread(lambda: _load_engine(config, checkpoint), name="loading").result()
     epoch = await wait_for_epoch(control, timeout_s=config.comm.startup_timeout_s)
-    pool = await in_daemon_thread(lambda: join(epoch, worker_id))
-    thread = EngineThread(
+    pool = await WorkThread(lambda: join(epoch, worker_id), name="joining the group").result()
+    steps = EngineThread(
         engine,
         pool,
         publish=publish,
-        failed=failed,
-        keepalive_s=config.comm.comm_timeout_s / _KEEPALIVES_PER_TIMEOUT,
+        keepalive_s=config.comm.comm_timeout_s / SIGNS_PER_TIMEOUT,
     )
-    thread.start()
-    service.engine = thread
+    thread = WorkThread(steps.run, name="the engine's step")
+    service.engine = steps
     control.set_ready(epoch.number)
     logger.info("%s serves epoch %d", worker_id, epoch.number)
     try:
-        await failure
-    finally:
-        await asyncio.to_thread(thread.stop, _STOP_GRACE_S)
+        await thread.result()
+    except asyncio.CancelledError:
+        steps.stop()
+        await thread.end(grace_s=_STOP_GRACE_S, abandon=pool.abandon)
+        raise
 
 
 def _load_engine(config: AttentionConfig, checkpoint: Checkpoint) -> Engine:

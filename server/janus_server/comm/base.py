@@ -9,6 +9,7 @@ the step's announcement, before its first layer.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -31,10 +32,13 @@ class DispatchHandle:
 
 
 class PendingTransfer(Protocol):
-    """A transfer under way, like torch.distributed's Work; it has its deadline from the group."""
+    """A transfer under way, like torch.distributed's Work."""
 
-    def wait(self) -> bool:
-        """Block until it is done; raises RuntimeError where the peer is gone or too late."""
+    def wait(self, timeout: timedelta = ..., /) -> bool:
+        """Block until it is done; raises RuntimeError where the peer is gone or too late.
+
+        The deadline is the group's unless given, and counts from here.
+        """
         ...
 
 
@@ -59,6 +63,10 @@ class ExpertPool(Protocol):
 
     def close(self) -> None:
         """Announce that no step follows, and let go of the peers."""
+        ...
+
+    def abandon(self) -> None:
+        """Let go at once, from any thread: whoever waits for a peer raises PeerLostError."""
         ...
 
 

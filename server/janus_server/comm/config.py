@@ -5,6 +5,9 @@ from dataclasses import dataclass
 MAX_LANES = 4
 """Micro-batches of a step at most."""
 
+SIGNS_PER_TIMEOUT = 4
+"""How often a worker gives a sign of life within the timeout."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommConfig:

@@ -7,7 +7,7 @@ import numpy as np
 from janus_proto.v1 import control_pb2
 from janus_scheduler.activation import POLICIES, ActivationCosts, SchedulePolicy, Scheduling
 from janus_scheduler.placement import Placement
-from janus_server.comm.config import CommConfig
+from janus_server.comm.config import SIGNS_PER_TIMEOUT, CommConfig
 from janus_server.errors import UnavailableError
 
 
@@ -26,9 +26,14 @@ class GroupConfig:
     num_experts: int
     """Expert workers of the epoch."""
     timeout_s: float
-    """Deadline of every wait for a peer within a step."""
+    """Longest silence of a peer that is expected to say something."""
     join_timeout_s: float
     """Deadline of the wait for all others to have loaded and come."""
+
+    @property
+    def sign_of_life_s(self) -> float:
+        """Seconds between two signs of life to a peer that waits for nothing else."""
+        return self.timeout_s / SIGNS_PER_TIMEOUT
 
     @property
     def expert_ranks(self) -> range:

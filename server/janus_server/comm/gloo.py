@@ -2,23 +2,24 @@
 
 An epoch's group is a process-group object of its own, built from the epoch's key prefix in the
 store; no global group exists, so that the next epoch needs no restart and late data of this one can
-reach nobody. Ranks: attention workers first, then expert workers. Tag 0 carries announcements; the
-tags above it the hidden states and partial results of (layer, lane). Receives are posted before the
-data can come: gloo then saves a round trip.
+reach nobody. Ranks: attention workers first, then expert workers. Tag 0 carries announcements and
+the starts of steps; the tags above it the hidden states and partial results of (layer, lane).
+Receives are posted before the data can come: gloo then saves a round trip.
+
+Invariant: the deadline bounds the silence of a peer, never the length of a step. Within a step it
+bounds each wait for data. An attention worker that has announced work is not expected to announce
+anything before that step is over; until the step starts, behind one of others, the first expert
+worker gives it signs of life. Idle attention workers give theirs all the time.
 """
 
 import queue
-import re
-import socket
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from janus_server.comm.base import (
     DispatchHandle,
@@ -28,46 +29,16 @@ from janus_server.comm.base import (
 )
 from janus_server.comm.config import MAX_LANES
 from janus_server.comm.epoch import GroupConfig
+from janus_server.comm.gloo_group import Group, GroupClosedError, close_group, peer_errors
 from janus_server.comm.sequencing import Announcement, StepLayout, StepSequencer
 from janus_server.errors import PeerLostError
 
 _CONTROL_TAG = 0
-_CPP_PLACE = re.compile(r"^\[[^\]]*\.cc:\d+\] ")
 _LISTENER_GRACE_S = 1.0
 """How long listeners may take to notice the end, in seconds."""
 _ANNOUNCEMENT_WORDS = 2 + MAX_LANES
-
-
-class Group(Protocol):
-    """The part of ProcessGroupGloo that is used; torch's type stubs leave it out."""
-
-    def send(self, tensors: list[torch.Tensor], rank: int, tag: int) -> PendingTransfer:
-        """Send one contiguous CPU tensor, which must live until the transfer is done."""
-        ...
-
-    def recv(self, tensors: list[torch.Tensor], rank: int, tag: int) -> PendingTransfer:
-        """Receive into one contiguous CPU tensor."""
-        ...
-
-
-def join_group(config: GroupConfig) -> Group:
-    """Meet the other workers of the epoch; raises PeerLostError if they do not come in time."""
-    gloo: Any = dist.ProcessGroupGloo
-    host, _, port = config.store_address.rpartition(":")
-    options = gloo._Options()
-    options._timeout = timedelta(seconds=config.timeout_s)
-    options._devices = [gloo.create_device(hostname=_own_address(host, int(port)))]
-    size = config.num_attention + config.num_experts
-    join_timeout = timedelta(seconds=config.join_timeout_s)
-    with _peer_errors(f"while the group {config.prefix} was forming"):
-        store = dist.PrefixStore(
-            config.prefix, dist.TCPStore(host, int(port), timeout=join_timeout)
-        )
-        # Gloo has one timeout for all: it would bound the loading of weights as well.
-        store.set(f"arrived-{config.rank}", "")
-        store.wait([f"arrived-{rank}" for rank in range(size)], join_timeout)
-        group: Group = gloo(store, config.rank, size, options)
-    return group
+_SIGN_OF_LIFE = torch.tensor([int(Announcement.IDLE)])
+_STEP_STARTS = torch.tensor([int(Announcement.WORK)])
 
 
 class GlooExpertPool:
@@ -79,17 +50,20 @@ class GlooExpertPool:
         self._announcement: PendingTransfer | None = None
         # Kept while gloo reads from it.
         self._words = torch.zeros(_ANNOUNCEMENT_WORDS, dtype=torch.int64)
+        self._start: PendingTransfer | None = None
+        self._start_word = torch.zeros_like(_STEP_STARTS)
 
     def begin_step(self, lane_tokens: Sequence[int]) -> None:
         """Announce a step; travels while the first layer's attention is computed."""
         self._announce(Announcement.WORK, lane_tokens)
+        self._start = self._post_start()
 
     def dispatch(self, layer: int, lane: int, hidden_TH: torch.Tensor) -> DispatchHandle:
         """Send to every expert worker and post the receives of their answers."""
         tag = _data_tag(layer, lane)
         sent_TH = hidden_TH.to("cpu").contiguous()
         partials_WTH = sent_TH.new_empty(len(self._experts), *sent_TH.shape)
-        with _peer_errors("while dispatching"):
+        with peer_errors("while dispatching"):
             pending = [self._group.send([sent_TH], rank, tag) for rank in self._experts]
             # Posted while the experts compute.
             pending += [
@@ -102,7 +76,8 @@ class GlooExpertPool:
 
     def combine(self, handle: DispatchHandle) -> torch.Tensor:
         """Wait for all partial results and add them up, fp32 [T, H], on the CPU."""
-        with _peer_errors(f"while waiting for the experts of layer {handle.layer}"):
+        self._await_start()
+        with peer_errors(f"while waiting for the experts of layer {handle.layer}"):
             for transfer in handle.pending:
                 transfer.wait()
         return sum_partials(handle.partials_WTH)
@@ -116,17 +91,34 @@ class GlooExpertPool:
         self._announce(Announcement.CLOSE)
         self._await_announcement()
 
+    def abandon(self) -> None:
+        """Let go of all peers at once, from any thread: whoever waits raises PeerLostError."""
+        close_group(self._group, peer=self._experts[0])
+
+    def _post_start(self) -> PendingTransfer:
+        with peer_errors("while announcing a step"):
+            return self._group.recv([self._start_word], self._experts[0], _CONTROL_TAG)
+
+    def _await_start(self) -> None:
+        """Wait for the announced step to start, as long as the first expert worker gives signs."""
+        while self._start is not None:
+            with peer_errors("while waiting for a step to start"):
+                self._start.wait()
+            has_started = torch.equal(self._start_word, _STEP_STARTS)
+            self._start = None if has_started else self._post_start()
+
     def _announce(self, kind: Announcement, lane_tokens: Sequence[int] = ()) -> None:
+        self._await_start()  # a step without MoE layers has not waited for it
         self._await_announcement()
         self._words[0], self._words[1] = kind, len(lane_tokens)
         for lane, tokens in enumerate(lane_tokens):
             self._words[2 + lane] = tokens
-        with _peer_errors("while announcing a step"):
+        with peer_errors("while announcing a step"):
             self._announcement = self._group.send([self._words], self._experts[0], _CONTROL_TAG)
 
     def _await_announcement(self) -> None:
         if self._announcement is not None:
-            with _peer_errors("while announcing a step"):
+            with peer_errors("while announcing a step"):
                 self._announcement.wait()
             self._announcement = None
 
@@ -134,8 +126,8 @@ class GlooExpertPool:
 class GlooAttentionPool:
     """Expert side: the attention workers of the epoch, and the order of steps.
 
-    The first expert worker collects announcements and passes the layout of each step on to the
-    other expert workers.
+    The first expert worker collects announcements, passes the layout of each step on to the other
+    expert workers, and tells its participants that it starts.
     """
 
     def __init__(
@@ -154,10 +146,16 @@ class GlooAttentionPool:
         self._device = device
         self._leads = config.rank == config.expert_ranks[0]
         self._sequencer = StepSequencer(range(config.num_attention))
-        self._heard: queue.Queue[tuple[int, list[int] | PeerLostError]] = queue.Queue()
+        self._heard: queue.SimpleQueue[tuple[int, list[int]] | PeerLostError] = queue.SimpleQueue()
+        self._waiting: set[int] = set()
+        """Attention workers whose announced step has not started."""
+        self._waiting_lock = threading.Lock()
+        listened = range(config.num_attention if self._leads else 0)
+        self._step_over = {rank: threading.Event() for rank in listened}
+        """For each attention worker: of the step that it announced last."""
         self._listeners = [
             threading.Thread(target=self._listen, args=(rank,), name=f"listen-{rank}", daemon=True)
-            for rank in range(config.num_attention if self._leads else 0)
+            for rank in listened
         ]
         for listener in self._listeners:
             listener.start()
@@ -170,10 +168,30 @@ class GlooAttentionPool:
         try:
             while (layout := self._next_step()) is not None:
                 self._run_step(layout, ffn, layers)
+                for rank in layout.lane_tokens if self._leads else ():
+                    self._step_over[rank].set()
+        except GroupClosedError as error:
+            raise self._why_closed(error) from error
         finally:
-            # A thread that is still inside gloo would abort the interpreter's exit.
+            # Nobody needs the group any more; a thread still inside gloo would abort our exit.
+            self.abandon()
             for listener in self._listeners:
                 listener.join(_LISTENER_GRACE_S)
+
+    def abandon(self) -> None:
+        """Let go of all peers at once, from any thread: `serve` raises PeerLostError."""
+        close_group(self._group, peer=0)
+        self._heard.put(PeerLostError("the attention workers were given up"))
+        for event in self._step_over.values():
+            event.set()
+
+    def _why_closed(self, error: PeerLostError) -> PeerLostError:
+        with suppress(queue.Empty):
+            while True:
+                heard = self._heard.get(timeout=_LISTENER_GRACE_S)
+                if isinstance(heard, PeerLostError):
+                    return heard
+        return error
 
     def _run_step(self, layout: StepLayout, ffn: PartialFfn, layers: Sequence[int]) -> None:
         units = [
@@ -182,31 +200,42 @@ class GlooAttentionPool:
             for lane in range(layout.num_lanes)
             if layout.tokens_of(lane)
         ]
+        starts = self._tell_participants(layout)
         # One receive ahead in each lane: an attention worker has at most that many on their way.
         posted = deque(self._post(layout, *unit) for unit in units[: layout.num_lanes])
         # Answers on their way; their tensors are kept while gloo reads from them.
         sent: deque[tuple[PendingTransfer, torch.Tensor]] = deque()
         for index, (layer, lane) in enumerate(units):
             hidden_TH, arrivals = posted.popleft()
-            with _peer_errors(f"while waiting for the tokens of layer {layer}"):
+            with peer_errors(f"while waiting for the tokens of layer {layer}"):
                 for arrival in arrivals:
                     arrival.wait()
             partial_TH = ffn(layer, hidden_TH.to(self._device)).to("cpu")
             participants = layout.tokens_of(lane)
             parts = torch.split(partial_TH, [tokens for _, tokens in participants])
-            with _peer_errors(f"while answering layer {layer}"):
+            with peer_errors(f"while answering layer {layer}"):
                 for (rank, _), part_TH in zip(participants, parts, strict=True):
                     transfer = self._group.send([part_TH], rank, _data_tag(layer, lane))
                     sent.append((transfer, part_TH))
             # After the answer, for which the attention worker waits before it sends more.
             if index + layout.num_lanes < len(units):
                 posted.append(self._post(layout, *units[index + layout.num_lanes]))
-            with _peer_errors(f"while answering layer {layer}"):
+            with peer_errors(f"while answering layer {layer}"):
                 while len(sent) > layout.num_lanes * len(layout.lane_tokens):
                     sent.popleft()[0].wait()
-        with _peer_errors("while answering the last layer"):
-            for transfer, _ in sent:
+        with peer_errors("while answering the last layer"):
+            for transfer in (*starts, *(transfer for transfer, _ in sent)):
                 transfer.wait()
+
+    def _tell_participants(self, layout: StepLayout) -> list[PendingTransfer]:
+        if not self._leads:
+            return []
+        with self._waiting_lock:  # no sign of life comes after the start
+            self._waiting -= set(layout.lane_tokens)
+        with peer_errors("while starting a step"):
+            return [
+                self._group.send([_STEP_STARTS], rank, _CONTROL_TAG) for rank in layout.lane_tokens
+            ]
 
     def _post(
         self, layout: StepLayout, layer: int, lane: int
@@ -214,7 +243,7 @@ class GlooAttentionPool:
         participants = layout.tokens_of(lane)
         counts = [tokens for _, tokens in participants]
         hidden_TH = torch.empty(sum(counts), self._hidden_size, dtype=self._dtype)
-        with _peer_errors(f"before layer {layer}"):
+        with peer_errors(f"before layer {layer}"):
             return hidden_TH, [
                 self._group.recv([rows_TH], rank, _data_tag(layer, lane))
                 for (rank, _), rows_TH in zip(
@@ -229,7 +258,11 @@ class GlooAttentionPool:
             if self._sequencer.closed:
                 self._lead(Announcement.CLOSE)
                 return None
-            rank, words = self._next_announcement()
+            # The listeners have the deadline: whenever no step can start, somebody is awaited.
+            heard = self._heard.get()
+            if isinstance(heard, PeerLostError):
+                raise heard
+            rank, words = heard
             kind = Announcement(words[0])
             self._sequencer.offer(rank, kind, words[2 : 2 + words[1]])
             if kind is Announcement.IDLE:
@@ -237,30 +270,34 @@ class GlooAttentionPool:
         self._lead(Announcement.WORK, layout)
         return layout
 
-    def _next_announcement(self) -> tuple[int, list[int]]:
-        try:
-            rank, heard = self._heard.get(timeout=self._config.timeout_s)
-        except queue.Empty:
-            silent = sorted(self._sequencer.awaited) or "all"
-            raise PeerLostError(
-                f"no word from the attention workers (ranks: {silent}) for "
-                f"{self._config.timeout_s:g} s"
-            ) from None
-        if isinstance(heard, PeerLostError):
-            raise heard
-        return rank, heard
-
     def _listen(self, rank: int) -> None:
         words = torch.zeros(_ANNOUNCEMENT_WORDS, dtype=torch.int64)
+        kind = Announcement.IDLE
         try:
-            while True:
-                with _peer_errors(f"while listening to attention worker {rank}"):
-                    self._group.recv([words], rank, _CONTROL_TAG).wait()
+            while kind is not Announcement.CLOSE:
+                with peer_errors(f"while listening to attention worker {rank}"):
+                    arrival = self._group.recv([words], rank, _CONTROL_TAG)
+                    if kind is Announcement.WORK:
+                        self._await_step_end(rank)
+                    arrival.wait()
+                kind = Announcement(int(words[0]))
+                if kind is Announcement.WORK:
+                    self._step_over[rank].clear()
+                    with self._waiting_lock:
+                        self._waiting.add(rank)
                 self._heard.put((rank, words.tolist()))
-                if words[0] == Announcement.CLOSE:
-                    return
+        except GroupClosedError:
+            return  # whoever closed it has said why
         except PeerLostError as error:
-            self._heard.put((rank, error))
+            self._heard.put(error)
+
+    def _await_step_end(self, rank: int) -> None:
+        """Wait until the step that it announced is over; give it signs of life until it starts."""
+        signs: list[PendingTransfer] = []  # kept: a transfer that is dropped is not sent
+        while not self._step_over[rank].wait(self._config.sign_of_life_s):
+            with self._waiting_lock:
+                if rank in self._waiting:
+                    signs.append(self._group.send([_SIGN_OF_LIFE], rank, _CONTROL_TAG))
 
     def _lead(self, kind: Announcement, layout: StepLayout | None = None) -> None:
         """Pass on what happens next: [kind, then lanes and tokens of each attention worker]."""
@@ -269,7 +306,7 @@ class GlooAttentionPool:
         table = words[1:].view(self._config.num_attention, 1 + MAX_LANES)
         for rank, tokens in layout.lane_tokens.items() if layout else ():
             table[rank, : 1 + len(tokens)] = torch.tensor([len(tokens), *tokens])
-        with _peer_errors("while passing a step on to the expert workers"):
+        with peer_errors("while passing a step on to the expert workers"):
             for transfer in [
                 self._group.send([words], rank, _CONTROL_TAG)
                 for rank in self._config.expert_ranks[1:]
@@ -279,9 +316,11 @@ class GlooAttentionPool:
     def _follow(self) -> StepLayout | None:
         words = torch.zeros(1 + self._config.num_attention * (1 + MAX_LANES), dtype=torch.int64)
         kind = Announcement.IDLE
+        # The first worker may finish its layer and then wait in turn, and says who was silent.
+        deadline = timedelta(seconds=2 * self._config.timeout_s)
         while kind is Announcement.IDLE:
-            with _peer_errors("while waiting for the first expert worker to start a step"):
-                self._group.recv([words], self._config.expert_ranks[0], _CONTROL_TAG).wait()
+            with peer_errors("while waiting for the first expert worker to start a step"):
+                self._group.recv([words], self._config.expert_ranks[0], _CONTROL_TAG).wait(deadline)
             kind = Announcement(int(words[0]))
         if kind is Announcement.CLOSE:
             return None
@@ -295,20 +334,3 @@ class GlooAttentionPool:
 
 def _data_tag(layer: int, lane: int) -> int:
     return 1 + layer * MAX_LANES + lane
-
-
-def _own_address(host: str, port: int) -> str:
-    """The address of this machine that reaches the store, so that peers can reach it in turn."""
-    with socket.create_connection((host, port), timeout=10) as probe:
-        address: str = probe.getsockname()[0]
-        return address
-
-
-@contextmanager
-def _peer_errors(when: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        # Without the C++ file in front and the C++ trace behind.
-        reason = _CPP_PLACE.sub("", str(error).partition("\n")[0])
-        raise PeerLostError(f"a peer of the group was lost {when}: {reason}") from error

@@ -36,3 +36,6 @@ class LocalExpertPool:
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+    def abandon(self) -> None:
+        """Nobody waits."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +9,9 @@ import torch
 from janus_proto.v1 import control_pb2
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.comm.epoch import costs_message, group_config, placement_of, scheduling_of
-from janus_server.comm.gloo import GlooAttentionPool, join_group
-from janus_server.comm.lifecycle import in_daemon_thread, run_until_stopped
+from janus_server.comm.gloo import GlooAttentionPool
+from janus_server.comm.gloo_group import join_group
+from janus_server.comm.lifecycle import WorkThread, run_until_stopped
 from janus_server.experts.calibration import measure_costs
 from janus_server.experts.config import ExpertConfig
 from janus_server.experts.runner import ExpertRunner
@@ -43,9 +43,10 @@ async def _serve_epoch(
     config: ExpertConfig, checkpoint: Checkpoint, control: ControlClient
 ) -> None:
     device, dtype = device_of(config.model, config.device_index), dtype_of(config.model)
-    costs = await in_daemon_thread(
-        lambda: measure_costs(checkpoint.spec, dtype=dtype, device=device)
-    )
+    costs = await WorkThread(
+        lambda: measure_costs(checkpoint.spec, dtype=dtype, device=device),
+        name="measuring the experts",
+    ).result()
     worker_id = await control.register(
         control_pb2.WORKER_ROLE_EXPERT,
         address="",
@@ -72,54 +73,26 @@ async def _serve_epoch(
             device=device,
         )
 
-    runner = await in_daemon_thread(load)
-    pool = await in_daemon_thread(join)
+    runner = await WorkThread(load, name="loading").result()
+    pool = await WorkThread(join, name="joining the group").result()
     control.expert_load = lambda: expert_load(runner)
     control.set_ready(epoch.number)
     logger.info("%s serves epoch %d", worker_id, epoch.number)
-    steps = _Steps(pool, runner, checkpoint.spec.moe_layers)
+    steps = WorkThread(
+        lambda: _serve(pool, runner, checkpoint.spec.moe_layers),
+        name="serving the attention workers",
+    )
     try:
-        await asyncio.shield(steps.done)
-    finally:
+        await steps.result()
+    except asyncio.CancelledError:
         # The attention workers say when no step follows: leaving earlier would cut one short.
-        await asyncio.to_thread(steps.thread.join, _CLOSE_GRACE_S)
+        await steps.end(grace_s=_CLOSE_GRACE_S, abandon=pool.abandon)
+        raise
 
 
-class _Steps:
-    """The thread that runs the epoch's steps."""
-
-    def __init__(
-        self, pool: GlooAttentionPool, runner: ExpertRunner, moe_layers: Sequence[int]
-    ) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.done: asyncio.Future[None] = self._loop.create_future()
-        # Its failure is logged; that nobody may be waiting for it any more is no second one.
-        self.done.add_done_callback(lambda done: done.cancelled() or done.exception())
-        # A daemon: a peer that hangs must not keep this process from ending.
-        self.thread = threading.Thread(
-            target=self._run, args=(pool, runner, moe_layers), name="steps", daemon=True
-        )
-        self.thread.start()
-
-    def _run(
-        self, pool: GlooAttentionPool, runner: ExpertRunner, moe_layers: Sequence[int]
-    ) -> None:
-        error: Exception | None = None
-        try:
-            with torch.inference_mode():
-                pool.serve(runner.partial, moe_layers)
-        except Exception as caught:
-            logger.error("the expert worker stopped: %s", caught)
-            error = caught
-        self._loop.call_soon_threadsafe(self._finish, error)
-
-    def _finish(self, error: Exception | None) -> None:
-        if self.done.done():  # cancelled, as the worker was told to stop
-            return
-        if error is None:
-            self.done.set_result(None)
-        else:
-            self.done.set_exception(error)
+@torch.inference_mode()
+def _serve(pool: GlooAttentionPool, runner: ExpertRunner, moe_layers: Sequence[int]) -> None:
+    pool.serve(runner.partial, moe_layers)
 
 
 def expert_load(runner: ExpertRunner) -> control_pb2.ExpertLoad:

@@ -1,15 +1,23 @@
 import random
 import threading
+import time
 
 import pytest
 import torch
 
-from janus_server.comm.gloo import join_group
+from janus_server.comm.gloo import GlooExpertPool
+from janus_server.comm.gloo_group import join_group
 from janus_server.errors import PeerLostError
 from janus_server.model.checkpoint import Checkpoint
 from tests.conftest import CheckpointFactory
 from tests.fakes.decoding import expert_runners, greedy_decode, local_pool
-from tests.fakes.gloo_group import attention_side, group_configs, in_thread, serve_experts
+from tests.fakes.gloo_group import (
+    attention_side,
+    expert_side,
+    group_configs,
+    in_thread,
+    serve_experts,
+)
 
 DEADLINE_S = 60
 LAYERS = [0, 2]
@@ -137,6 +145,109 @@ def test_a_silent_attention_worker_is_named() -> None:
         attention_side(configs[0])
         with pytest.raises(PeerLostError, match="attention worker"):
             experts.result(DEADLINE_S)
+
+
+def slow_steps(started: threading.Event):  # type: ignore[no-untyped-def]
+    """A share that takes its time for a single token, and none for several."""
+
+    def ffn(layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:
+        started.set()
+        time.sleep(0.2 if len(hidden_TH) == 1 else 0)
+        return hidden_TH
+
+    return ffn
+
+
+def run_step(pool: GlooExpertPool, layers: list[int], tokens: int) -> None:
+    pool.begin_step([tokens])
+    for layer in layers:
+        pool.combine(pool.dispatch(layer, 0, torch.ones(tokens, HIDDEN)))
+
+
+def test_a_step_may_take_longer_than_the_deadline() -> None:
+    def work() -> None:
+        pool = attention_side(configs[0])
+        run_step(pool, layers, 1)
+        pool.close()
+
+    def join_later() -> None:
+        pool = attention_side(configs[1])
+        pool.idle()
+        started.wait(DEADLINE_S)
+        run_step(pool, layers, 2)  # which starts when the long one is over
+        pool.close()
+
+    def stay_idle() -> None:
+        pool = attention_side(configs[2])
+        while not all(future.done() for future in workers):
+            pool.idle()
+            time.sleep(0.1)
+        pool.close()
+
+    started = threading.Event()
+    layers = list(range(16))
+    with group_configs(3, 2, timeout_s=1.5) as configs:
+        experts = [
+            in_thread(
+                lambda c=config: serve_experts(
+                    c, slow_steps(started), layers=layers, hidden_size=HIDDEN
+                )
+            )
+            for config in configs[3:]
+        ]
+        workers = [in_thread(work), in_thread(join_later)]
+        for future in [in_thread(stay_idle), *workers, *experts]:
+            future.result(DEADLINE_S)
+
+
+def test_an_idle_worker_that_falls_silent_within_a_step_is_named() -> None:
+    def work() -> None:
+        run_step(attention_side(configs[0]), layers, 1)
+
+    started = threading.Event()
+    layers = list(range(100))
+    with group_configs(2, 1, timeout_s=1.0) as configs:
+        experts = in_thread(
+            lambda: serve_experts(
+                configs[2], slow_steps(started), layers=layers, hidden_size=HIDDEN
+            )
+        )
+        busy = in_thread(work)
+        silent = attention_side(configs[1])
+        silent.idle()
+        with pytest.raises(PeerLostError, match="listening to attention worker 1: Timed out"):
+            experts.result(DEADLINE_S)
+        with pytest.raises(PeerLostError):
+            busy.result(DEADLINE_S)
+
+
+def test_whoever_is_given_up_ends_at_once() -> None:
+    with group_configs(1, 2) as configs:
+        pools = [in_thread(lambda c=c: expert_side(c, hidden_size=HIDDEN)) for c in configs[1:]]
+        attention = attention_side(configs[0])
+        leader, follower = (pool.result(DEADLINE_S) for pool in pools)
+        work = [in_thread(lambda p=p: p.serve(times(1), [0])) for p in (leader, follower)]
+        run_step(attention, [0], 1)
+        work.append(in_thread(lambda: run_step(attention, [1], 1)))
+        leader.abandon()
+        for future in work:
+            with pytest.raises(PeerLostError):
+                future.result(DEADLINE_S)
+
+
+@pytest.mark.parametrize("side", ["attention", "expert"])
+def test_a_worker_that_gives_up_frees_its_own_thread(side: str) -> None:
+    with group_configs(1, 1) as configs:
+        joining = in_thread(lambda: expert_side(configs[1], hidden_size=HIDDEN))
+        attention, experts = attention_side(configs[0]), joining.result(DEADLINE_S)
+        if side == "attention":  # its step never starts: nobody serves
+            waiting = in_thread(lambda: run_step(attention, [0], 1))
+            attention.abandon()
+        else:
+            waiting = in_thread(lambda: experts.serve(times(1), [0]))
+            experts.abandon()
+        with pytest.raises(PeerLostError):
+            waiting.result(DEADLINE_S)
 
 
 def test_an_expert_worker_that_fails_is_noticed() -> None:

@@ -1,0 +1,89 @@
+"""An epoch's group of processes over gloo: meeting it, what is used of it, and closing it.
+
+Gloo's deadlines are counted from the wait, not from the post; one that passes closes the whole
+group of this process, for every thread. So wait only where somebody is overdue when it passes.
+"""
+
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from janus_server.comm.base import PendingTransfer
+from janus_server.comm.epoch import GroupConfig
+from janus_server.errors import PeerLostError
+
+_CPP_PLACE = re.compile(r"^\[[^\]]*\.cc:\d+\] ")
+_CLOSED_HERE = "Application timeout caused pair closure"
+_UNUSED_TAG = 2**30
+
+
+class GroupClosedError(PeerLostError):
+    """Another thread of this process closed the group, and has the better reason."""
+
+
+class Group(Protocol):
+    """The part of ProcessGroupGloo that is used; torch's type stubs leave it out."""
+
+    def send(self, tensors: list[torch.Tensor], rank: int, tag: int) -> PendingTransfer:
+        """Send one contiguous CPU tensor, which must live until the transfer is done."""
+        ...
+
+    def recv(self, tensors: list[torch.Tensor], rank: int, tag: int) -> PendingTransfer:
+        """Receive into one contiguous CPU tensor."""
+        ...
+
+
+def join_group(config: GroupConfig) -> Group:
+    """Meet the other workers of the epoch; raises PeerLostError if they do not come in time."""
+    gloo: Any = dist.ProcessGroupGloo
+    host, _, port = config.store_address.rpartition(":")
+    options = gloo._Options()
+    options._timeout = timedelta(seconds=config.timeout_s)
+    options._devices = [gloo.create_device(hostname=_own_address(host, int(port)))]
+    size = config.num_attention + config.num_experts
+    join_timeout = timedelta(seconds=config.join_timeout_s)
+    with peer_errors(f"while the group {config.prefix} was forming"):
+        store = dist.PrefixStore(
+            config.prefix, dist.TCPStore(host, int(port), timeout=join_timeout)
+        )
+        # Gloo has one timeout for all: it would bound the loading of weights as well.
+        store.set(f"arrived-{config.rank}", "")
+        store.wait([f"arrived-{rank}" for rank in range(size)], join_timeout)
+        group: Group = gloo(store, config.rank, size, options)
+    return group
+
+
+def close_group(group: Group, peer: int) -> None:
+    """Close the connections to all peers, of which `peer` is one.
+
+    Whoever waits for the group, in any thread here or on the other side, raises at once.
+    """
+    # Its own `abort` and `shutdown` leave waiting threads waiting; a deadline that passes does not.
+    with suppress(RuntimeError):
+        arrival = group.recv([torch.zeros(1)], peer, _UNUSED_TAG)
+        arrival.wait(timedelta(milliseconds=1))
+
+
+@contextmanager
+def peer_errors(when: str) -> Iterator[None]:
+    """Turn gloo's errors into PeerLostError that says `when`."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Without the C++ file in front, and gloo's advice and the C++ trace behind.
+        reason = _CPP_PLACE.sub("", str(error).partition("\n")[0]).partition(". This is")[0]
+        kind = GroupClosedError if reason.startswith(_CLOSED_HERE) else PeerLostError
+        raise kind(f"a peer of the group was lost {when}: {reason}") from error
+
+
+def _own_address(host: str, port: int) -> str:
+    """The address of this machine that reaches the store, so that peers can reach it in turn."""
+    with socket.create_connection((host, port), timeout=10) as probe:
+        address: str = probe.getsockname()[0]
+        return address

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from janus_server.errors import ConfigError
 
-_BENCHES = {"offline": "janus_bench.offline"}
+_BENCHES = {"offline": "janus_bench.offline", "schedule": "janus_bench.schedule"}
 """Name -> module whose `command` runs it."""
 
 

@@ -31,9 +31,12 @@ def environment() -> dict[str, Any]:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, which names the `environment` it was measured in, as JSON."""
+    """Write a result, which names the `environment` it was measured in, as JSON; a line a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    head = json.dumps({**result, "results": []}, indent=2)
+    rows = ",\n    ".join(json.dumps(row) for row in result["results"])
+    empty = '"results": []'
+    path.write_text(head.replace(empty, f'"results": [\n    {rows}\n  ]') + "\n")
 
 
 def _commit() -> str:

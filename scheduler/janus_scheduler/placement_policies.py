@@ -51,8 +51,8 @@ def place(
     """Place every layer of `routing` (layer -> [N, K]).
 
     `eplb` is hierarchical where num_groups, of experts, divide evenly over num_nodes, of workers.
-    `search` tries `effort` changes a layer on batches of `batch_tokens` tokens.
-    Raises ValueError where the slots cannot hold every expert, or are more than can be used.
+    `search` tries `effort` changes a layer on batches of `batch_tokens` tokens. Raises ValueError
+    where the slots cannot hold every expert, or are more than can be used.
     """
     in_turn = round_robin(
         moe_layers=sorted(routing),
@@ -69,29 +69,17 @@ def place(
     layers: dict[int, SlotExperts] = {}
     for layer, ids_NK in sorted(routing.items()):
         counts_E = expert_counts(ids_NK, num_experts)
-        tables = {
-            "eplb": eplb(
-                counts_E, num_workers, slots_per_worker, num_nodes=num_nodes, num_groups=num_groups
-            ),
-            "coactivation": by_coactivation(
-                counts_E, coactivation(ids_NK, num_experts), num_workers, slots_per_worker
-            ),
-        }
+        by_load = eplb(
+            counts_E, num_workers, slots_per_worker, num_nodes=num_nodes, num_groups=num_groups
+        )
+        apart = by_coactivation(
+            counts_E, coactivation(ids_NK, num_experts), num_workers, slots_per_worker
+        )
+        layers[layer] = {"eplb": by_load, "coactivation": apart}.get(policy, by_load)
         if policy == "search":
-            active_BE = sample_batches(
-                ids_NK,
-                num_experts,
-                num_tokens=batch_tokens,
-                num_batches=_SEARCH_BATCHES,
-                seed=seed,
-            )
-            starts = [in_turn.layers[layer].copy(), *tables.values()]
-            layers[layer] = _search(starts, active_BE, effort=effort, seed=seed)
-        else:
-            layers[layer] = tables[policy]
-    placement = Placement(num_workers=num_workers, slots_per_worker=slots_per_worker, layers=layers)
-    placement.check(num_experts)
-    return placement
+            starts = [in_turn.layers[layer], by_load, apart]
+            layers[layer] = _search(starts, ids_NK, num_experts, batch_tokens, effort, seed)
+    return Placement(num_workers=num_workers, slots_per_worker=slots_per_worker, layers=layers)
 
 
 def replicate(counts_E: Counts, num_slots: int, most: int) -> Counts:
@@ -220,14 +208,17 @@ def _pack(
 
 def _search(
     starts: list[SlotExperts],
-    active_BE: npt.NDArray[np.bool_],
-    *,
+    ids_NK: ExpertIds,
+    num_experts: int,
+    batch_tokens: int,
     effort: int,
     seed: int,
 ) -> SlotExperts:
     """Try changes around the fullest workers of the batches; keep what lowers a_max on average."""
     rng = np.random.default_rng(seed)
-    num_experts = active_BE.shape[1]
+    active_BE = sample_batches(
+        ids_NK, num_experts, num_tokens=batch_tokens, num_batches=_SEARCH_BATCHES, seed=seed
+    )
 
     def judge(table_WC: SlotExperts) -> tuple[float, Counts, Counts, LayerReplicas]:
         replicas = _replicas(table_WC, num_experts)

@@ -16,7 +16,7 @@ def test_lists_the_benches() -> None:
 def test_names_the_benches_there_are() -> None:
     result = run_janus("bench", "online")
     assert result.returncode == 1
-    assert result.stderr == "janus: there is no bench 'online'; there are: offline\n"
+    assert result.stderr == "janus: there is no bench 'online'; there are: offline, schedule\n"
 
 
 @pytest.mark.e2e

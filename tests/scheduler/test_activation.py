@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_flow
 
+from janus_bench.optimum import least_a_max
 from janus_scheduler.activation import (
     POLICIES,
     ActivationCosts,
@@ -16,29 +15,9 @@ from janus_scheduler.activation import (
     floor,
     schedule,
 )
-from janus_scheduler.placement import LayerReplicas
 from tests.fakes.routing import layer_replicas, replicas, skewed_ids
 
 COSTS = ActivationCosts(expert_ps=30, pair_ps=2)
-
-
-def least_a_max(active: np.ndarray, table: LayerReplicas) -> int:
-    """The optimum by maximum flow: expert -> worker -> sink, whose capacity is what is searched."""
-    num_active, num_workers = len(active), table.num_workers
-    sink = 1 + num_active + num_workers
-    for capacity in range(1, num_active + 1):
-        edges = [(0, 1 + i, 1) for i in range(num_active)]
-        for i, expert in enumerate(active):
-            hosts = table.workers_ER[expert]
-            edges += [(1 + i, 1 + num_active + int(w), 1) for w in hosts[hosts >= 0]]
-        edges += [(1 + num_active + w, sink, capacity) for w in range(num_workers)]
-        rows, columns, values = (
-            np.array(column, dtype=np.int32) for column in zip(*edges, strict=True)
-        )
-        graph = csr_array((values, (rows, columns)), shape=(sink + 1, sink + 1))
-        if maximum_flow(graph, 0, sink).flow_value == num_active:
-            return capacity
-    return 0
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,10 @@ class ModelConfig:
 def context_limit(spec: ModelSpec, max_context: int) -> int:
     """Longest prompt plus completion in tokens, where `max_context` 0 means all that the model has.
 
-    Raises ConfigError below 2, a token in and a token out, and above what the model was made for.
+    Raises ConfigError below 0 and above what the model was made for.
     """
-    if max_context != 0 and not 2 <= max_context <= spec.max_context:
+    if not 0 <= max_context <= spec.max_context:
         raise ConfigError(
-            f"--max-context must be from 2 to the model's {spec.max_context}, or 0 for all of it, "
-            f"not {max_context}"
+            f"--max-context must be between 0 and the model's {spec.max_context}, not {max_context}"
         )
     return max_context or spec.max_context

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from janus_server.attention.config import AttentionConfig
 from janus_server.comm.config import MAX_LANES
-from janus_server.command_line import to_argv
+from janus_server.command_line import check_number, check_wait, to_argv
 from janus_server.config import ServeConfig
 from janus_server.controller.config import ControllerConfig
 from janus_server.controller.membership import check_pools, given_costs
 from janus_server.controller.placement import first_placement
 from janus_server.endpoint.config import EndpointConfig
-from janus_server.errors import ConfigError
+from janus_server.endpoint.tokenizer import check_tokenizer
 from janus_server.experts.config import ExpertConfig
 from janus_server.grpc_server import check_can_listen
 from janus_server.model.checkpoint import Checkpoint
@@ -34,36 +34,28 @@ def check_config(config: ServeConfig) -> None:
 
     Raises CheckpointError or ConfigError.
     """
-    at_least_one = {
-        "attention-workers": config.pools.attention_workers,
-        "expert-workers": config.pools.expert_workers,
-        "threads": config.threads,
-        "max-requests": config.admission.max_requests,
-        "max-batch-tokens": config.engine.max_batch_tokens,
-        "max-sequences": config.engine.max_sequences,
-        "block-size": config.engine.block_size,
-        "lanes": config.engine.lanes,
+    numbers = {
+        "attention-workers": (config.pools.attention_workers, 1024),
+        "expert-workers": (config.pools.expert_workers, 1024),
+        "threads": (config.threads, 1024),
+        "max-requests": (config.admission.max_requests, 2**20),
+        "max-batch-tokens": (config.engine.max_batch_tokens, 2**20),
+        "max-sequences": (config.engine.max_sequences, 2**16),
+        "block-size": (config.engine.block_size, 2**16),
+        "lanes": (config.engine.lanes, MAX_LANES),
     }
-    for flag, number in at_least_one.items():
-        if number < 1:
-            raise ConfigError(f"--{flag} must be at least 1, not {number}")
-    above_zero = {
-        "kv-cache-gib": config.engine.kv_cache_gib,
-        "comm-timeout-s": config.comm.comm_timeout_s,
-        "startup-timeout-s": config.comm.startup_timeout_s,
-    }
-    for flag, amount in above_zero.items():
-        if not amount > 0:
-            raise ConfigError(f"--{flag} must be above 0, not {amount}")
-    if not config.admission.drain_timeout_s >= 0:
-        raise ConfigError("--drain-timeout-s cannot be negative")
-    if config.engine.lanes > MAX_LANES:
-        raise ConfigError(f"--lanes must be at most {MAX_LANES}, not {config.engine.lanes}")
-    spec = Checkpoint.open(config.model.checkpoint).spec
-    check_pools(config.pools, spec)
-    first_placement(config.pools, spec)
+    for flag, (value, high) in numbers.items():
+        check_number(flag, value, low=1, high=high)
+    check_number("kv-cache-gib", config.engine.kv_cache_gib, low=0.001, high=2**16)
+    check_wait("comm-timeout-s", config.comm.comm_timeout_s)
+    check_wait("startup-timeout-s", config.comm.startup_timeout_s)
+    check_wait("drain-timeout-s", config.admission.drain_timeout_s, low_s=0)
+    checkpoint = Checkpoint.open(config.model.checkpoint)
+    check_pools(config.pools, checkpoint.spec)
+    first_placement(config.pools, checkpoint.spec)
     given_costs(config.schedule)
-    context_limit(spec, config.engine.max_context)
+    context_limit(checkpoint.spec, config.engine.max_context)
+    check_tokenizer(checkpoint.path)
     check_can_listen(config.admission.listen)
 
 

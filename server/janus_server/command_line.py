@@ -24,6 +24,11 @@ ConfigT = TypeVar("ConfigT")
 POSITIONAL_FIELDS = ("checkpoint", "prompt")
 """Fields given by position on a command line rather than by a flag."""
 
+MIN_WAIT_S = 0.001
+"""Shortest deadline that can be asked for, in seconds; clocks below count in milliseconds."""
+MAX_WAIT_S = 86_400
+"""Longest deadline that can be asked for, in seconds: a day."""
+
 _CONFIG_NOTE = (
     "With --config FILE.toml, flags are read from a TOML file, where the flag --max-context is "
     "the key max_context. A flag on the command line wins over the file."
@@ -81,6 +86,19 @@ def to_argv(config: Any) -> list[str]:
     if any(value.startswith("-") for value in positional):
         positional.insert(0, "--")
     return flags + positional
+
+
+def check_number(flag: str, value: float, *, low: float, high: float) -> None:
+    """Refuse a number that is not from `low` to `high`, nan included; raises ConfigError."""
+    if not value >= low:
+        raise ConfigError(f"--{flag} must be at least {low}, not {value}")
+    if value > high:
+        raise ConfigError(f"--{flag} must be at most {high}, not {value}")
+
+
+def check_wait(flag: str, value_s: float, *, low_s: float = MIN_WAIT_S) -> None:
+    """Refuse a number of seconds that no clock can wait for; raises ConfigError."""
+    check_number(flag, value_s, low=low_s, high=MAX_WAIT_S)
 
 
 def _flag(name: str, value: Any) -> list[str]:
@@ -156,7 +174,7 @@ def _read_toml(path: Path, cls: type[Any]) -> dict[str, Any]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib lets more through than its own error
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     types = dict(_leaf_types(cls))
     for key, value in table.items():

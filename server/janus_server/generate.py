@@ -1,6 +1,7 @@
 """`janus generate`: a streaming client of a running endpoint."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ import tyro
 
 from janus_proto.v1 import inference_pb2
 from janus_proto.v1.inference_pb2_grpc import InferenceServiceStub
-from janus_server.command_line import parse
+from janus_server.command_line import check_wait, parse
 from janus_server.errors import ConfigError, InvalidRequestError, UnavailableError
-from janus_server.grpc_server import channel_options
+from janus_server.grpc_server import MAX_MESSAGE_BYTES, channel_options, split_address
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +74,8 @@ class GenerateConfig:
 def command(argv: Sequence[str]) -> int:
     """Generate text on a running server, streamed as it comes."""
     config = parse(GenerateConfig, argv, prog="janus generate")
+    split_address(config.endpoint)
+    check_wait("timeout-s", config.timeout_s)
     request = _request(config)
     with grpc.insecure_channel(config.endpoint, options=channel_options()) as channel:
         call = InferenceServiceStub(channel).Generate(request, timeout=config.timeout_s)
@@ -94,10 +97,15 @@ def _request(config: GenerateConfig) -> inference_pb2.GenerateRequest:
     if (config.prompt is None) == (not config.prompt_ids):
         raise ConfigError("give either a PROMPT or --prompt-ids")
     try:
-        return _message(config)
+        request = _message(config)
     except ValueError as error:
         # Protobuf's: a number beyond its field, or a text that is not Unicode.
         raise ConfigError(f"the request cannot be sent: {error}") from None
+    if request.ByteSize() > MAX_MESSAGE_BYTES:
+        raise ConfigError(
+            f"the request has {request.ByteSize()} bytes; up to {MAX_MESSAGE_BYTES} can be sent"
+        )
+    return request
 
 
 def _message(config: GenerateConfig) -> inference_pb2.GenerateRequest:
@@ -170,6 +178,7 @@ def _sentence(error: grpc.RpcError, config: GenerateConfig) -> Exception:
         return InvalidRequestError(details)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError(f"no whole answer within {config.timeout_s:g} s")
-    if code is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
+    # gRPC's own words: nothing listens there, or the name has no address.
+    if code is grpc.StatusCode.UNAVAILABLE and re.search("connect|resol", details.lower()):
         return UnavailableError(f"no Janus endpoint answers at {config.endpoint}")
-    return UnavailableError(details)
+    return UnavailableError(details or f"the call ended with {code.name}")

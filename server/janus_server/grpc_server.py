@@ -133,7 +133,7 @@ def check_can_listen(listen: str) -> tuple[str, int]:
         found = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-    except OSError:
+    except (OSError, UnicodeError):  # a name that is none, such as a..b
         raise ConfigError(f"cannot listen on {listen}: there is no host {host}") from None
     errors: list[OSError] = []
     for family, kind, protocol, _, address in found:

@@ -18,9 +18,10 @@ def test_exact_is_the_optimum_and_none_the_baseline(
     assert command([*grid.split(), "--output", str(output)]) == 0
     result = json.loads(output.read_text())
     assert {"commit", "device", "command"} <= set(result["environment"])
-    rows = {(row["slots"], row["batch"], row["policy"]): row for row in result["results"]}
+    named = [dict(zip(result["columns"], row, strict=True)) for row in result["results"]]
+    rows = {(row["slots"], row["batch"], row["policy"]): row for row in named}
     # 32 experts on 40 workers cannot be placed and have no rows.
-    assert len(rows) == len(result["results"]) == 2 * 2 * len(POLICIES)
+    assert len(rows) == len(named) == 2 * 2 * len(POLICIES)
     for (slots, _, policy), row in rows.items():
         assert row["us"] > 0
         assert row["against_exact"] >= 1

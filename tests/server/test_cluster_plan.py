@@ -1,5 +1,8 @@
 import dataclasses
+import math
+import shutil
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,6 @@ from janus_server.cluster_plan import (
     endpoint_config,
     worker_processes,
 )
-from janus_server.comm.config import CommConfig
 from janus_server.command_line import parse
 from janus_server.config import ServeConfig
 from janus_server.controller.config import PoolConfig
@@ -52,17 +54,14 @@ def test_a_config_that_can_work_passes(config: ServeConfig) -> None:
         ({"engine": EngineConfig(lanes=5)}, "--lanes must be at most 4, not 5"),
         ({"engine": EngineConfig(max_batch_tokens=0)}, "--max-batch-tokens must be at least 1"),
         ({"engine": EngineConfig(max_sequences=0)}, "--max-sequences must be at least 1"),
+        ({"engine": EngineConfig(max_sequences=10**9)}, "--max-sequences must be at most 65536, "),
         ({"engine": EngineConfig(block_size=-1)}, "--block-size must be at least 1"),
-        ({"engine": EngineConfig(kv_cache_gib=0.0)}, "--kv-cache-gib must be above 0"),
-        ({"engine": EngineConfig(kv_cache_gib=float("nan"))}, "--kv-cache-gib must be above 0"),
         ({"engine": EngineConfig(max_context=1025)}, "--max-context .* model's 1024, not 1025"),
         ({"engine": EngineConfig(max_context=-1)}, "--max-context must be between 0 and"),
-        ({"comm": CommConfig(comm_timeout_s=0.0)}, "--comm-timeout-s must be above 0"),
-        ({"comm": CommConfig(startup_timeout_s=-1.0)}, "--startup-timeout-s must be above 0"),
         ({"threads": 0}, "--threads must be at least 1"),
         ({"admission": AdmissionConfig(max_requests=0)}, "--max-requests must be at least 1"),
-        ({"admission": AdmissionConfig(drain_timeout_s=-1.0)}, "--drain-timeout-s cannot be"),
         ({"admission": AdmissionConfig(listen="50051")}, "is not HOST:PORT"),
+        ({"admission": AdmissionConfig(listen="localhost:99999")}, "port of .* is above 65535"),
     ],
 )
 def test_what_cannot_work_is_one_sentence(
@@ -70,6 +69,47 @@ def test_what_cannot_work_is_one_sentence(
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
         check_config(dataclasses.replace(config, **part))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300, 1e-300, 0.0, -1.0])
+@pytest.mark.parametrize(
+    ("flag", "low", "high"),
+    [
+        ("--kv-cache-gib", 0.001, 65536),
+        ("--comm-timeout-s", 0.001, 86400),
+        ("--startup-timeout-s", 0.001, 86400),
+    ],
+)
+def test_amounts_out_of_range(
+    config: ServeConfig, flag: str, low: float, high: float, value: float
+) -> None:
+    parsed = parse(ServeConfig, [config.model.checkpoint, f"{flag}={value}"], prog="p")
+    bound = f"at most {high}" if value > high else f"at least {low}"
+    with pytest.raises(ConfigError) as caught:
+        check_config(parsed)
+    assert str(caught.value) == f"{flag} must be {bound}, not {value}"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_a_drain_may_take_no_time_but_no_less(config: ServeConfig, value: float) -> None:
+    def draining(drain_timeout_s: float) -> ServeConfig:
+        admission = dataclasses.replace(config.admission, drain_timeout_s=drain_timeout_s)
+        return dataclasses.replace(config, admission=admission)
+
+    check_config(draining(0.0))
+    with pytest.raises(ConfigError, match=f"--drain-timeout-s must be at .*, not {value}"):
+        check_config(draining(value))
+
+
+def test_a_damaged_tokenizer(config: ServeConfig, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(config.model.checkpoint, tmp_path / "model"))
+    config = dataclasses.replace(config, model=ModelConfig(checkpoint=str(folder)))
+    path = folder / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=f"{path} is not a usable tokenizer"):
+        check_config(config)
+    path.unlink()
+    check_config(config)
 
 
 def test_a_missing_checkpoint(config: ServeConfig) -> None:

@@ -94,6 +94,8 @@ def test_a_boolean_key(tmp_path: Path, text: str, expected: bool) -> None:
     ("text", "sentence"),
     [
         ("lanes = ", "is not valid TOML"),
+        ("lanes = " + "9" * 5000, "is not valid TOML"),
+        ("lanes = " + "[" * 5000, "is not valid TOML"),
         ("lane = 2", "there is no key lane; did you mean lanes?"),
         ("zzz = 2", "there is no key zzz"),
         ("[engine]\nlanes = 2", "there is no key engine"),

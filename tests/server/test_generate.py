@@ -10,6 +10,7 @@ import pytest
 from janus_proto.v1 import inference_pb2, worker_pb2
 from janus_server.errors import ConfigError, InvalidRequestError, JanusError, UnavailableError
 from janus_server.generate import command
+from janus_server.grpc_server import MAX_MESSAGE_BYTES
 from tests.fakes.endpoint import Endpoint, ids, running_endpoint, within_deadline
 
 LENGTH = inference_pb2.FINISH_REASON_LENGTH
@@ -161,9 +162,34 @@ def test_a_deadline_ends_the_request(tmp_path: Path) -> None:
     within_deadline(check())
 
 
-def test_nothing_listens() -> None:
-    sentence = complaint(UnavailableError, ["x", "--endpoint", NOWHERE])
-    assert sentence == f"no Janus endpoint answers at {NOWHERE}"
+@pytest.mark.parametrize("address", [NOWHERE, "a..b:5"])
+def test_nothing_listens(address: str) -> None:
+    sentence = complaint(UnavailableError, ["x", "--endpoint", address])
+    assert sentence == f"no Janus endpoint answers at {address}"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "sentence"),
+    [
+        ("--endpoint", "nonsense", "'nonsense' is not HOST:PORT"),
+        ("--endpoint", "", "'' is not HOST:PORT"),
+        ("--endpoint", "localhost:99999", "the port of localhost:99999 is above 65535"),
+        ("--timeout-s", "nan", "--timeout-s must be at least 0.001, not nan"),
+        ("--timeout-s", "0", "--timeout-s must be at least 0.001, not 0.0"),
+        ("--timeout-s", "-1", "--timeout-s must be at least 0.001, not -1.0"),
+        ("--timeout-s", "inf", "--timeout-s must be at most 86400, not inf"),
+        ("--timeout-s", "1e300", "--timeout-s must be at most 86400, not 1e+300"),
+    ],
+)
+def test_flags_that_no_call_can_use(flag: str, value: str, sentence: str) -> None:
+    assert complaint(ConfigError, ["x", f"{flag}={value}"]) == sentence
+
+
+def test_a_prompt_beyond_the_largest_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * MAX_MESSAGE_BYTES))
+    sentence = complaint(ConfigError, ["-", "--endpoint", NOWHERE])
+    assert sentence.startswith("the request has 671")
+    assert sentence.endswith(" bytes; up to 67108864 can be sent")
 
 
 @pytest.mark.parametrize("text", ["12,x", "1,,2", ",", "1.5", "twelve"])

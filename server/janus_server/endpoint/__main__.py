@@ -2,12 +2,11 @@
 
 import asyncio
 import sys
-from pathlib import Path
 
 from janus_server.comm.control_client import ControlClient
 from janus_server.endpoint.config import EndpointConfig
 from janus_server.endpoint.service import SERVICE_NAME, InferenceService, add_to_server
-from janus_server.endpoint.tokenizer import Tokenizer
+from janus_server.endpoint.tokenizer import load_tokenizer
 from janus_server.endpoint.workers import WorkerPool
 from janus_server.grpc_server import RunningServer, start_server
 from janus_server.model.checkpoint import Checkpoint
@@ -22,7 +21,7 @@ async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
     """Serve the public API until `stop`, then drain; fails at once where the controller is lost."""
     checkpoint = Checkpoint.open(config.model.checkpoint)
     max_context = context_limit(checkpoint.spec, config.max_context)
-    tokenizer = _load_tokenizer(checkpoint.path / "tokenizer.json")
+    tokenizer = load_tokenizer(checkpoint.path)
     control = ControlClient(config.controller)
     pool = WorkerPool(control)
     service = InferenceService(
@@ -61,11 +60,6 @@ async def _publish_readiness(server: RunningServer, pool: WorkerPool) -> None:
             published = pool.is_ready
             await server.set_serving(published)
         await asyncio.sleep(_READINESS_POLL_S)
-
-
-def _load_tokenizer(path: Path) -> Tokenizer | None:
-    # A checkpoint without one is served by token ids alone.
-    return Tokenizer(path) if path.exists() else None
 
 
 if __name__ == "__main__":

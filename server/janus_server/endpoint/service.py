@@ -5,7 +5,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -69,10 +69,13 @@ class InferenceService(InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Generate from one prompt."""
         try:
-            # Closed here rather than by the garbage collector, which may let go of it late.
-            async with contextlib.aclosing(self._generate(_parsed(request))) as responses:
-                async for response in responses:
-                    yield response
+            with _logged_end() as timeline:
+                # Closed here rather than by the garbage collector, which may let go of it late.
+                generating = self._generate(_parsed(request), timeline)
+                async with contextlib.aclosing(generating) as responses:
+                    async for response in responses:
+                        timeline.note(response)
+                        yield response
         except JanusError as error:
             await _refuse(context, error)
 
@@ -153,11 +156,11 @@ class InferenceService(InferenceServiceServicer):
         return stream
 
     async def _generate(
-        self, request: inference_pb2.GenerateRequest
+        self, request: inference_pb2.GenerateRequest, timeline: "_Timeline"
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        started = _Timeline()
         request_id = request.request_id or secrets.token_hex(8)
         validation.check_request_id(request_id)
+        timeline.request_id = request_id
         validation.check_sampling(request.sampling, self._bounds())
         stream = self._admit(request_id)
         link: WorkerLink | None = None
@@ -172,7 +175,6 @@ class InferenceService(InferenceServiceServicer):
             link = self._pool.least_loaded()
             link.submit(stream, prompt_ids, sampling)
             async for response in self._responses(stream, sampling, len(prompt_ids)):
-                started.note(response)
                 yield response
         finally:
             del self._active[request_id]
@@ -180,7 +182,6 @@ class InferenceService(InferenceServiceServicer):
                 link.abort(stream)
             if not self._active:
                 self._none_active.set()
-        logger.info("request %s: %s", request_id, started)
 
     async def _prompt_ids(self, request: inference_pb2.GenerateRequest) -> list[int]:
         bounds = self._bounds()
@@ -225,12 +226,18 @@ class InferenceService(InferenceServiceServicer):
 
 
 class _Timeline:
-    """What the log says of a finished request."""
+    """What the log says of a request."""
 
     def __init__(self) -> None:
+        self.request_id = "without a usable id"
+        """Until there is one that is known not to garble the log."""
         self._start_s = time.monotonic()
         self._first_s: float | None = None
         self._last = inference_pb2.GenerateResponse()
+
+    @property
+    def total_ms(self) -> float:
+        return 1e3 * (time.monotonic() - self._start_s)
 
     def note(self, response: inference_pb2.GenerateResponse) -> None:
         if self._first_s is None:
@@ -244,8 +251,26 @@ class _Timeline:
         return (
             f"{reason.removeprefix('FINISH_REASON_').lower()}, {usage.prompt_tokens} prompt and "
             f"{usage.completion_tokens} completion tokens, TTFT {1e3 * ttft_s:.0f} ms, "
-            f"total {1e3 * (time.monotonic() - self._start_s):.0f} ms"
+            f"total {self.total_ms:.0f} ms"
         )
+
+
+@contextlib.contextmanager
+def _logged_end() -> Iterator[_Timeline]:
+    """Log one line when the request that runs within has ended, however it did."""
+    timeline = _Timeline()
+    outcome = "failed"
+    try:
+        yield timeline
+        outcome = str(timeline)
+    except JanusError as error:
+        outcome = f"failed after {timeline.total_ms:.0f} ms: {error}"
+        raise
+    except (asyncio.CancelledError, GeneratorExit):
+        outcome = f"cancelled after {timeline.total_ms:.0f} ms, by its client or its deadline"
+        raise
+    finally:
+        logger.info("request %s: %s", timeline.request_id, outcome)
 
 
 def add_to_server(service: InferenceService, server: grpc.aio.Server) -> None:

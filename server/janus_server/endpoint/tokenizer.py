@@ -9,9 +9,26 @@ import tokenizers
 
 from janus_server.errors import CheckpointError
 
+_FILE = "tokenizer.json"
 _NUM_THREADS = 2
 _MAX_UNFINISHED = 64
 """Tokens that may wait to become text; more are taken for what they are, if only to be shown."""
+
+
+def load_tokenizer(checkpoint: Path) -> "Tokenizer | None":
+    """The tokenizer of a model folder; None where it has none, and token ids alone are served."""
+    path = checkpoint / _FILE
+    return Tokenizer(path) if path.exists() else None
+
+
+def check_tokenizer(checkpoint: Path) -> None:
+    """Refuse a model folder whose tokenizer cannot be used; raises CheckpointError.
+
+    Reads all of it, which takes under half a second with the largest vocabularies.
+    """
+    path = checkpoint / _FILE
+    if path.exists():
+        _read(path)
 
 
 class Tokenizer:
@@ -19,10 +36,7 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         """Read tokenizer.json at `path`; raises CheckpointError where it is unusable."""
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"{path} is not a usable tokenizer: {error}") from None
+        self._tokenizer = _read(path)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
 
     async def encode(self, text: str) -> list[int]:
@@ -39,6 +53,13 @@ class Tokenizer:
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
+
+
+def _read(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} is not a usable tokenizer: {error}") from None
 
 
 class Detokenizer:

@@ -8,6 +8,8 @@ and of the shape that the config promises.
 import dataclasses
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 
 from janus_scheduler.model_spec import ModelSpec
 from janus_server.errors import CheckpointError
+from janus_server.model.config_json import shown
 from janus_server.model.families import Family, family_of
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 _FLOAT_DTYPES = frozenset({"F32", "BF16", "F16"})
 
 
@@ -40,17 +44,17 @@ class Checkpoint:
     def open(cls, path: str | Path) -> "Checkpoint":
         """Check the folder at `path`; raises CheckpointError with one sentence on what is wrong."""
         folder = Path(path)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # Path.is_dir raises on names too long for the system
             raise CheckpointError(f"no checkpoint folder at {folder}")
         config_path = folder / "config.json"
         config = _read_json(config_path)
         family = family_of(config, config_path)
         try:
             spec = family.parse_spec(config)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             reason = f"has no {error}" if isinstance(error, KeyError) else f"is unusable: {error}"
             raise CheckpointError(f"{config_path} {reason}") from None
-        spec = dataclasses.replace(spec, eos_token_ids=_eos_token_ids(folder, config))
+        spec = dataclasses.replace(spec, eos_token_ids=_eos_token_ids(folder, config, spec))
         shards = _find_shards(folder)
         _check_tensors(folder, family.tensor_shapes(spec), shards)
         return cls(
@@ -67,22 +71,25 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     return value
 
 
-def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+def _eos_token_ids(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> tuple[int, ...]:
     # Chat models list further end tokens in generation_config.json; it wins, as in transformers.
     path = folder / "generation_config.json"
     eos = _read_json(path).get("eos_token_id") if path.exists() else None
     if eos is None:
-        eos = config.get("eos_token_id")
+        path, eos = folder / "config.json", config.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(token, int) and token >= 0 for token in ids):
-        raise CheckpointError(f"eos_token_id of {folder} must be token ids, not {eos!r}")
+    if not all(type(token) is int and 0 <= token < spec.vocab_size for token in ids):
+        raise CheckpointError(
+            f"eos_token_id in {path} must be token ids below the vocabulary's {spec.vocab_size}, "
+            f"not {shown(eos)}"
+        )
     return tuple(ids)
 
 
@@ -95,11 +102,17 @@ def _find_shards(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(_tensor_names(folder / _SINGLE), folder / _SINGLE)
     weight_map = _read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / _INDEX} has no weight_map")
-    for name in sorted(set(weight_map.values())):
+        raise CheckpointError(
+            f"{folder / _INDEX} has no weight_map from tensors to safetensors files"
+        )
+    for name in weight_map.values():
         # A shard beside the index, never a path that leads out of the folder.
-        if Path(name).name != name:
-            raise CheckpointError(f"{folder / _INDEX} names a shard outside its folder: {name}")
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+            raise CheckpointError(
+                f"weight_map in {folder / _INDEX} must name safetensors files beside it, "
+                f"not {shown(name)}"
+            )
+    for name in sorted(set(weight_map.values())):
         if not (folder / name).is_file():
             raise CheckpointError(f"the shard {name} is missing from {folder}")
     return {tensor: folder / name for tensor, name in weight_map.items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 from janus_scheduler.model_spec import ModelSpec
 from janus_server.errors import CheckpointError
+from janus_server.model.config_json import shown
 
 _MODULES = {"qwen3_moe": "janus_server.model.qwen3_moe"}
 """`model_type` in config.json -> the module whose FAMILY serves it."""
@@ -103,9 +104,9 @@ class Family:
 def family_of(config: Mapping[str, Any], config_path: Path) -> Family:
     """Find the family that serves a config.json; raises CheckpointError where there is none."""
     model_type = config.get("model_type")
-    if model_type not in _MODULES:
+    if not isinstance(model_type, str) or model_type not in _MODULES:
         raise CheckpointError(
-            f"{config_path} is of the model family {model_type!r}; served are "
+            f"{config_path} is of the model family {shown(model_type)}; served are "
             + ", ".join(sorted(_MODULES))
         )
     family: Family = importlib.import_module(_MODULES[model_type]).FAMILY

@@ -4,71 +4,90 @@ from collections.abc import Mapping
 from typing import Any
 
 from janus_scheduler.model_spec import ModelSpec
+from janus_server.model.config_json import boolean, integer, integers, number, shown, table
 from janus_server.model.families import Family, TensorNames
+
+MAX_LAYERS = 512
+"""Several times what any such model has; with MAX_EXPERTS it bounds the list of tensors."""
+MAX_EXPERTS = 1024
+"""Of one layer."""
+MAX_CONTEXT = 2**20
+"""Positions; each has a row in the rotary tables of every attention worker."""
 
 
 def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """Read config.json; absent keys take the defaults of `transformers.Qwen3MoeConfig`."""
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {config['hidden_act']!r} is not served, only 'silu'")
-    if config.get("use_sliding_window", False):
+    """Read config.json; raises KeyError or ValueError.
+
+    The sizes of the tensors must be given, but for head_dim, which follows from the others. All
+    else that is absent takes the defaults of `transformers.Qwen3MoeConfig`.
+    """
+    if config.get("hidden_act") not in (None, "silu"):
+        raise ValueError(f'hidden_act {shown(config["hidden_act"])} is not served, only "silu"')
+    if boolean(config, "use_sliding_window"):
         raise ValueError("use_sliding_window is not served")
-    num_layers = _positive(config, "num_hidden_layers")
-    num_experts = _positive(config, "num_experts", config.get("num_local_experts"))
-    top_k = _positive(config, "num_experts_per_tok")
+    num_layers = integer(config, "num_hidden_layers", high=MAX_LAYERS)
+    # Newer configs spell it num_local_experts.
+    spelling = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    num_experts = integer(config, spelling, high=MAX_EXPERTS)
+    top_k = integer(config, "num_experts_per_tok", 8)
     if top_k > num_experts:
         raise ValueError(f"num_experts_per_tok is {top_k}, more than num_experts {num_experts}")
-    num_heads = _positive(config, "num_attention_heads")
-    num_kv_heads = _positive(config, "num_key_value_heads")
+    num_heads = integer(config, "num_attention_heads")
+    num_kv_heads = integer(config, "num_key_value_heads")
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
         )
-    hidden_size = _positive(config, "hidden_size")
-    sparse_step = int(config.get("decoder_sparse_step", 1))
-    dense_only = config.get("mlp_only_layers") or []
+    hidden_size = integer(config, "hidden_size")
+    head_dim = integer(config, "head_dim", hidden_size // num_heads)
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even, not {head_dim}: its halves are rotated as pairs")
+    moe_layers = _moe_layers(config, num_layers)
     return ModelSpec(
         family="qwen3_moe",
-        vocab_size=_positive(config, "vocab_size"),
+        vocab_size=integer(config, "vocab_size"),
         hidden_size=hidden_size,
         num_layers=num_layers,
-        moe_layers=tuple(
-            layer
-            for layer in range(num_layers)
-            if layer not in dense_only and sparse_step > 0 and (layer + 1) % sparse_step == 0
-        ),
+        moe_layers=moe_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=int(config.get("head_dim") or hidden_size // num_heads),
+        head_dim=head_dim,
         num_experts=num_experts,
         top_k=top_k,
-        norm_topk_prob=bool(config.get("norm_topk_prob", False)),
-        expert_intermediate_size=_positive(config, "moe_intermediate_size"),
-        dense_intermediate_size=int(config.get("intermediate_size", 0)),
-        attention_bias=bool(config.get("attention_bias", False)),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        norm_topk_prob=boolean(config, "norm_topk_prob"),
+        expert_intermediate_size=integer(config, "moe_intermediate_size"),
+        dense_intermediate_size=(
+            integer(config, "intermediate_size") if len(moe_layers) < num_layers else 0
+        ),
+        attention_bias=boolean(config, "attention_bias"),
+        tied_embeddings=boolean(config, "tie_word_embeddings"),
         rope_theta=_rope_theta(config),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        max_context=_positive(config, "max_position_embeddings"),
+        rms_norm_eps=number(config, "rms_norm_eps", 1e-6, low=0, high=1),
+        max_context=integer(config, "max_position_embeddings", 32_768, low=2, high=MAX_CONTEXT),
     )
 
 
-def _positive(config: Mapping[str, Any], key: str, fallback: Any = None) -> int:
-    value = config.get(key, fallback)
-    if value is None:
-        raise KeyError(key)
-    if not isinstance(value, int) or value <= 0:
-        raise ValueError(f"{key} must be a positive integer, not {value!r}")
-    return value
+def _moe_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    sparse_step = integer(config, "decoder_sparse_step", 1)
+    dense_only = frozenset(integers(config, "mlp_only_layers"))
+    moe_layers = tuple(
+        layer
+        for layer in range(num_layers)
+        if layer not in dense_only and (layer + 1) % sparse_step == 0
+    )
+    if not moe_layers:
+        raise ValueError("mlp_only_layers and decoder_sparse_step leave no layer with experts")
+    return moe_layers
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
     # Newer configs keep all of it in rope_parameters, older ones beside the rest.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = table(config, "rope_parameters") or table(config, "rope_scaling")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise ValueError(f"rope type {kind!r} is not served, only 'default'")
-    return float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
+        raise ValueError(f'rope type {shown(kind)} is not served, only "default"')
+    where = rope if rope.get("rope_theta") is not None else config
+    return number(where, "rope_theta", 10_000.0, low=1, high=1e12)
 
 
 FAMILY = Family(

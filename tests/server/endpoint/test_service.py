@@ -1,5 +1,9 @@
 import asyncio
+import logging
+import re
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -17,6 +21,7 @@ from tests.fakes.endpoint import (
     refused_request,
     request,
     running_endpoint,
+    until,
     within_deadline,
 )
 from tests.fakes.model_specs import SMALL_SPEC
@@ -27,15 +32,24 @@ ABORT = inference_pb2.FINISH_REASON_ABORT
 Code = grpc.StatusCode
 
 
-async def flood(endpoint: Endpoint, submit: worker_pb2.SubmitCommand) -> int:
-    """Let a request have more output than can be sent to a client that does not read it.
+def overfill(endpoint: Endpoint, submit: worker_pb2.SubmitCommand) -> int:
+    """Put more output than can be sent to a client that does not read it, one token each.
 
-    Returns the number of outputs, each of one token, when the endpoint has all of them.
+    Returns the number of outputs.
     """
     num_outputs = 64
     logprobs = inference_pb2.TokenLogprobs(top_ids=[2**31] * 40_000)
     for _ in range(num_outputs):
         endpoint.worker.put(submit, ids("x"), logprobs=[logprobs])
+    return num_outputs
+
+
+async def flood(endpoint: Endpoint, submit: worker_pb2.SubmitCommand) -> int:
+    """Let a request have more output than can be sent to a client that does not read it.
+
+    Returns the number of outputs, each of one token, when the endpoint has all of them.
+    """
+    num_outputs = overfill(endpoint, submit)
     # What comes for another request comes after all of these.
     call, other = await begin(endpoint)
     endpoint.worker.put(other, [1], LENGTH)
@@ -389,3 +403,79 @@ def test_drain_of_nothing(tmp_path: Path) -> None:
             await endpoint.service.drain(0)
 
     within_deadline(check())
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    name = "janus_server.endpoint.service"
+    return [
+        one.getMessage() for one in caplog.records if (one.name, one.levelname) == (name, "INFO")
+    ]
+
+
+async def finish_one(endpoint: Endpoint) -> None:
+    call, submit = await begin(endpoint, request_id="mine")
+    endpoint.worker.put(submit, [1], LENGTH)
+    await finished(call)
+
+
+async def cancel_one(endpoint: Endpoint) -> None:
+    call, _ = await begin(endpoint, request_id="mine")
+    call.cancel()
+
+
+async def cancel_one_unread(endpoint: Endpoint) -> None:
+    call, submit = await begin(endpoint, request_id="mine")
+    overfill(endpoint, submit)
+    await call.read()
+    call.cancel()
+
+
+async def let_one_expire(endpoint: Endpoint) -> None:
+    await refused(endpoint.stub.Generate(request(request_id="mine"), timeout=0.3))
+
+
+async def lose_the_worker_of_one(endpoint: Endpoint) -> None:
+    call, _ = await begin(endpoint, request_id="mine")
+    await endpoint.control.publish()
+    await refused(call)
+
+
+async def refuse_one(endpoint: Endpoint) -> None:
+    await refused_request(endpoint, request_id="mine", prompt=[256])
+
+
+async def refuse_one_for_its_id(endpoint: Endpoint) -> None:
+    await refused_request(endpoint, request_id="two\nlines")
+
+
+CANCELLED = r"request mine: cancelled after \d+ ms, by its client or its deadline"
+REFUSED = r"request mine: failed after \d+ ms: the prompt has the token id 256"
+
+
+@pytest.mark.parametrize(
+    ("scene", "line"),
+    [
+        (finish_one, "request mine: length, 2 prompt and 1 completion tokens, TTFT"),
+        (cancel_one, CANCELLED),
+        (cancel_one_unread, CANCELLED),
+        (let_one_expire, CANCELLED),
+        (lose_the_worker_of_one, r"request mine: failed after \d+ ms: .* was lost"),
+        (refuse_one, REFUSED),
+        (refuse_one_for_its_id, r"request without a usable id: failed .* 'two\\nlines' of 9"),
+    ],
+)
+def test_every_request_has_one_line_in_the_log(
+    scene: Callable[[Endpoint], Coroutine[Any, Any, None]],
+    line: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def check() -> None:
+        async with running_endpoint(tmp_path) as endpoint:
+            await scene(endpoint)
+            await until(lambda: bool(logged(caplog)))
+
+    caplog.set_level(logging.INFO)
+    within_deadline(check())
+    assert len(logged(caplog)) == 1
+    assert re.match(line, logged(caplog)[0])

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -69,9 +71,31 @@ def test_end_tokens_of_generation_config_win(
     assert Checkpoint.open(folder).spec.eos_token_ids == (expected or (7,))
 
 
-def test_no_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("eos", [256, -1, True, 1.0, "1", [1, 256], {}])
+def test_end_tokens_outside_the_vocabulary(folder: Path, name: str, eos: object) -> None:
+    (folder / "generation_config.json").write_text("{}")
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": eos}))
+    sentence = f"eos_token_id in {path} must be token ids below the vocabulary's 256, not "
+    with pytest.raises(CheckpointError, match=re.escape(sentence + json.dumps(eos))):
+        Checkpoint.open(folder)
+
+
+def test_null_is_absent_and_absent_is_the_default(folder: Path) -> None:
+    before = Checkpoint.open(folder).spec
+    path = folder / "config.json"
+    defaults = dict.fromkeys(["head_dim", "rms_norm_eps", "decoder_sparse_step", "mlp_only_layers"])
+    path.write_text(json.dumps(json.loads(path.read_text()) | defaults))
+    assert Checkpoint.open(folder).spec == before
+    edit_config(folder, **defaults, max_position_embeddings=None)
+    assert Checkpoint.open(folder).spec == dataclasses.replace(before, max_context=32_768)
+
+
+@pytest.mark.parametrize("name", ["missing", "long" * 100, "zero\0"])
+def test_no_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint folder at"):
-        Checkpoint.open(tmp_path / "missing")
+        Checkpoint.open(tmp_path / name)
 
 
 def test_no_config(tmp_path: Path) -> None:
@@ -85,9 +109,17 @@ def test_config_that_is_no_json(folder: Path) -> None:
         Checkpoint.open(folder)
 
 
-def test_unknown_family(folder: Path) -> None:
-    edit_config(folder, model_type="llama")
-    with pytest.raises(CheckpointError, match="family 'llama'; served are qwen3_moe"):
+def test_config_nested_too_deeply(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("model_type", ["llama", ["qwen3_moe"], None])
+def test_unknown_family(folder: Path, model_type: object) -> None:
+    edit_config(folder, model_type=model_type)
+    sentence = f"family {json.dumps(model_type)}; served are qwen3_moe"
+    with pytest.raises(CheckpointError, match=re.escape(sentence)):
         Checkpoint.open(folder)
 
 
@@ -95,11 +127,30 @@ def test_unknown_family(folder: Path) -> None:
     ("changes", "sentence"),
     [
         ({"hidden_size": None}, "has no 'hidden_size'"),
-        ({"hidden_size": "64"}, "hidden_size must be a positive integer, not '64'"),
+        ({"hidden_size": "64"}, 'hidden_size must be a whole number from 1 to .*, not "64"'),
+        ({"hidden_size": True}, "hidden_size must be a whole number from 1 to .*, not true"),
+        ({"hidden_size": 2, "head_dim": None}, "head_dim must be a whole number from 1 .*, not 0"),
+        ({"head_dim": -16}, "head_dim must be a whole number from 1 to .*, not -16"),
+        ({"head_dim": 15}, "head_dim must be even, not 15"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be .* from 1 to 512, not 10{12}$"),
+        ({"num_local_experts": 10**12}, "num_local_experts must be .* from 1 to 1024, not 10{12}$"),
+        ({"max_position_embeddings": 1}, "max_position_embeddings must be .* from 2 to .*, not 1$"),
+        ({"max_position_embeddings": 10**12}, "must be .* from 2 to 1048576, not 10{12}$"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers must be a list of whole numbers, not 3"),
+        ({"mlp_only_layers": ["1"]}, "mlp_only_layers must be a list of whole numbers, not"),
+        ({"mlp_only_layers": [0], "intermediate_size": None}, "has no 'intermediate_size'"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number from 1 to"),
+        ({"decoder_sparse_step": 4}, "leave no layer with experts"),
+        ({"rms_norm_eps": "small"}, 'rms_norm_eps must be a number from 0 to 1, not "small"'),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number from 0 to 1, not NaN"),
+        ({"norm_topk_prob": "yes"}, 'norm_topk_prob must be true or false, not "yes"'),
+        ({"rope_parameters": [1]}, r"rope_parameters must be an object, not \[1\]"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta must be a number from 1 to"),
+        ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta must be .*, not Infinity"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, more than num_experts 6"),
         ({"num_key_value_heads": 3}, "is no multiple of num_key_value_heads 3"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not served"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not served"),
+        ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not served'),
+        ({"rope_parameters": {"rope_type": "yarn"}}, 'rope type "yarn" is not served'),
         ({"use_sliding_window": True}, "use_sliding_window is not served"),
     ],
 )
@@ -134,12 +185,35 @@ def test_missing_shard(sharded: Path) -> None:
         Checkpoint.open(sharded)
 
 
-def test_shard_outside_the_folder(sharded: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../a.safetensors",
+        "/a.safetensors",
+        "a\0.safetensors",
+        "\ud800.safetensors",
+        "..",
+        "",
+        3,
+        None,
+        ["a.safetensors"],
+        "a" * 300 + ".safetensors",
+        "weights.bin",
+    ],
+)
+def test_shard_that_is_no_file_of_the_folder(sharded: Path, name: object) -> None:
     index = sharded / "model.safetensors.index.json"
     value = json.loads(index.read_text())
-    value["weight_map"]["lm_head.weight"] = "../model.safetensors"
+    value["weight_map"]["lm_head.weight"] = name
     index.write_text(json.dumps(value))
-    with pytest.raises(CheckpointError, match="names a shard outside its folder"):
+    with pytest.raises(CheckpointError, match="must name safetensors files beside it, not "):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": "a.safetensors"}'])
+def test_index_without_a_map(sharded: Path, text: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match="has no weight_map from tensors to"):
         Checkpoint.open(sharded)
 
 

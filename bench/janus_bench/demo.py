@@ -253,7 +253,10 @@ def _request_table(streams: Sequence[_Stream]) -> Table:
 
 
 def _expert_table(loads: control_pb2.GetExpertLoadsResponse) -> Table:
-    table = Table(title="per MoE layer and step")
+    layers = [layer for one in loads.loads[:1] for layer in one.load.layers]
+    steps = max(sum(layer.num_steps for layer in layers), 1)
+    a_max = sum(layer.sum_a_max for layer in layers) / steps
+    table = Table(title=f"per MoE layer and step; a_max {a_max:.1f}")
     for name in ("expert worker", "activated experts", "tokens x experts"):
         table.add_column(name, justify="right")
     for one in loads.loads:

@@ -80,7 +80,7 @@ def draw_schedules(path: Path, title: str, panels: Mapping[str, Sequence[dict[st
 
     Rows of a panel have `batch`, `policy` and `against_none`.
     """
-    figure = Figure(figsize=(3.4 * len(panels), 3.4), layout="constrained")
+    figure = Figure(figsize=(2.8 * len(panels) + 1, 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (name, rows) in zip(axes, panels.items(), strict=True):
         for policy in dict.fromkeys(row["policy"] for row in rows):
@@ -90,9 +90,10 @@ def draw_schedules(path: Path, title: str, panels: Mapping[str, Sequence[dict[st
             axis.plot(*zip(*points, strict=True), marker=".", label=policy)
         axis.axhline(1, color="gray", linewidth=0.8)
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set_title(name)
         axis.set_xlabel("tokens of a batch")
     axes[0].set_ylabel("a_max / a_max without replicas")
-    axes[-1].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     figure.suptitle(title)
     figure.savefig(path, dpi=130)

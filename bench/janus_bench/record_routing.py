@@ -1,11 +1,11 @@
 """Record which experts a trained checkpoint routes real text to.
 
-    python -m janus_bench.record_routing CHECKPOINT --output FILE.npz [--sequences 64]
-        [--tokens 128] [--threads 1]
+    python -m janus_bench.record_routing CHECKPOINT --output FILE.npz [--text FILE ...]
+        [--sequences 64] [--tokens 128] [--threads 1]
 
 Source: transformers runs the checkpoint in fp32 (eager attention and experts) over texts that
-`train_demo` holds out, the middle `--tokens` tokens of each, one text a sequence; texts with fewer
-are skipped. The experts are the router's own choice.
+`train_demo` holds out, or those of `--text`, the middle `--tokens` tokens of each, one text a
+sequence; texts with fewer are skipped. The experts are the router's own choice.
 
 Format: a compressed npz with
 
@@ -57,14 +57,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Record the expert routing of a checkpoint.")
     parser.add_argument("checkpoint", type=Path, help="Hugging Face model folder")
     parser.add_argument("--output", type=Path, required=True, help="npz file to write")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", help="text files to run; by default held-out source code"
+    )
     parser.add_argument("--sequences", type=int, default=64, help="texts to run")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each text")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     tokenizer = Tokenizer.from_file(str(arguments.checkpoint / "tokenizer.json"))
-    _, held_out = read_corpus()
-    token_ids = middles(tokenizer, held_out, arguments.sequences, arguments.tokens)
+    if arguments.text:
+        texts = [path.read_text(encoding="utf-8") for path in arguments.text]
+    else:
+        _, texts = read_corpus()
+    token_ids = middles(tokenizer, texts, arguments.sequences, arguments.tokens)
     routing = record(load(arguments.checkpoint), token_ids)
     write(routing, arguments.output)
     for layer, factor in zip(routing.layers, skew(routing), strict=True):
@@ -85,7 +91,7 @@ def middles(
             found.append(ids[first : first + num_tokens])
     if len(found) < num_texts:
         raise ValueError(
-            f"only {len(found)} held-out texts have {num_tokens} tokens; {num_texts} were asked for"
+            f"only {len(found)} texts have {num_tokens} tokens; {num_texts} were asked for"
         )
     return found
 

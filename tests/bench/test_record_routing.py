@@ -61,7 +61,7 @@ def test_the_middles_of_the_texts_that_are_long_enough() -> None:
     ids = {char: tokenizer.encode(char).ids[0] for char in "bcdfgh"}
     texts = ["abcd", "x", "efghi", "long enough too"]
     assert middles(tokenizer, texts, 2, 2) == [[ids["b"], ids["c"]], [ids["f"], ids["g"]]]
-    with pytest.raises(ValueError, match="only 3 held-out texts have 2 tokens; 4 were asked for"):
+    with pytest.raises(ValueError, match="only 3 texts have 2 tokens; 4 were asked for"):
         middles(tokenizer, texts, 4, 2)
 
 

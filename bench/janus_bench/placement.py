@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from janus_bench.report import check_folder
 from janus_bench.routing_traces import RoutingTrace, read_routing
 from janus_scheduler.placement import Placement
 from janus_scheduler.placement_policies import PLACEMENT_POLICIES, PlacementPolicy, place
@@ -95,8 +96,11 @@ def _check(config: PlacementConfig) -> None:
     for name in ("workers", "slots", "batch", "samples", "nodes", "groups"):
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    if config.effort < 0:
-        raise ConfigError(f"--effort cannot be negative: {config.effort}")
+    for name in ("effort", "seed"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"--{name} cannot be negative: {getattr(config, name)}")
+    for name in ("output", "plot"):
+        check_folder(name, getattr(config, name))
     if config.plot and Path(config.plot).suffix.lower() not in (".png", ".svg"):
         raise ConfigError(f"--plot needs a name that ends in .png or .svg, not {config.plot}")
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from janus_server.errors import ConfigError
+
 RESULTS = Path(__file__).parent / "results"
 """Committed results, one JSON file each."""
 
@@ -28,6 +30,13 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
     }
+
+
+def check_folder(flag: str, path: str) -> None:
+    """Refuse, before hours of work, a file that cannot be written; "" is none."""
+    folder = Path(path).parent
+    if path and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ConfigError(f"--{flag}: {folder} is no folder that can be written to")
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

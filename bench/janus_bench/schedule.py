@@ -2,8 +2,8 @@
 
 For each model shape, number of expert workers and share of slots to spare, experts are placed once
 by `janus placement`'s policy on one half of the routing; batches are drawn from the other half.
-`none` is the same workers without replicas, placed by the same policy. The optimum is found by
-maximum flow (SciPy), which knows nothing of the schedules.
+`none` is no replication on the same workers with as many slots, searched alike. The optimum is
+found by maximum flow (SciPy), which knows nothing of the schedules.
 
 Shapes: T tokens, K experts of a token, E logical experts, W expert workers.
 """
@@ -25,14 +25,20 @@ from rich.table import Table
 
 from janus_bench.figures import draw_schedules
 from janus_bench.optimum import least_a_max
-from janus_bench.report import RESULTS, environment, write_result
+from janus_bench.report import RESULTS, check_folder, environment, write_result
 from janus_bench.routing_traces import RECORDED, RoutingTrace, SyntheticRouting, read_routing
 from janus_kernels.activation_schedule import ActivationSchedule, activation_schedule
 from janus_kernels.replica_table import Policy, ReplicaTable, replica_table
 from janus_scheduler.activation import POLICIES, SchedulePolicy
 from janus_scheduler.placement import LayerReplicas
-from janus_scheduler.placement_policies import PlacementPolicy, place
+from janus_scheduler.placement_policies import (
+    PlacementPolicy,
+    place,
+    place_without_replicas,
+)
 from janus_server.command_line import parse
+from janus_server.controller.config import ScheduleConfig
+from janus_server.controller.membership import given_costs
 from janus_server.errors import ConfigError
 
 _TRACE_TOKENS = 8192
@@ -147,6 +153,8 @@ def command(argv: Sequence[str]) -> int:
         for layout in track(layouts, "scheduling", console=console, transient=True)
         for row in _measure(config, *layout)
     ]
+    if not rows:
+        raise ConfigError("no shape has as many experts as there are workers")
     workers = 8 if 8 in config.workers else config.workers[0]
     for shape in config.shapes:
         console.print(_table(shape, [row for row in rows if row["shape"] == shape], workers))
@@ -173,10 +181,16 @@ def _check(config: ScheduleBenchConfig) -> None:
     unknown = set(config.shapes) - set(SHAPES)
     if unknown:
         raise ConfigError(f"there is no shape {min(unknown)!r}; there are: {', '.join(SHAPES)}")
-    if min((1, *config.batches, *config.workers, config.samples)) < 1 or config.proven < 0:
-        raise ConfigError("batches, workers and samples must be at least 1, and proven at least 0")
-    if min((1.0, *config.slots)) < 1:
-        raise ConfigError(f"--slots must be at least 1.0 of the experts, not {min(config.slots):g}")
+    if not (config.shapes and config.batches and config.workers and config.slots):
+        raise ConfigError("--shapes, --batches, --workers and --slots each need a value")
+    if min(*config.batches, *config.workers, config.samples) < 1:
+        raise ConfigError("--batches, --workers and --samples must be at least 1")
+    if config.proven < 0 or config.seed < 0:
+        raise ConfigError("--proven and --seed cannot be negative")
+    if not all(1 <= slots <= 1024 for slots in config.slots):
+        raise ConfigError("--slots must be between 1 and 1024 times the experts")
+    given_costs(ScheduleConfig(expert_us=config.expert_us, pair_us=config.pair_us))
+    check_folder("output", config.output)
     if config.device not in ("cpu", "cuda"):
         raise ConfigError(f"--device must be cpu or cuda, not {config.device}")
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -192,18 +206,16 @@ def _measure(
     placed_by, drawn_from = np.array_split(ids_NK, 2)
     if workers > trace.num_experts:
         return
-    ours, none = (
-        _place(config, placed_by, trace.num_experts, workers, share) for share in (slots, 1.0)
-    )
+    ours, none = _place(config, placed_by, trace.num_experts, workers, slots)
     rng = np.random.default_rng(config.seed)
     for batch in config.batches:
-        num_samples = max(3, min(config.samples, _MOST_PAIRS // (batch * ids_NK.shape[1])))
+        num_samples = min(config.samples, max(3, _MOST_PAIRS // (batch * ids_NK.shape[1])))
         replace = batch > len(drawn_from)
         drawn = [
             torch.from_numpy(drawn_from[rng.choice(len(drawn_from), batch, replace=replace)])
             for _ in range(num_samples)
         ]
-        for row in _compare(config, drawn, ours, none.first()):
+        for row in _compare(config, drawn, ours, none):
             expert_mib = SHAPES[shape].expert_bytes / 2**20
             yield {
                 "shape": shape,
@@ -222,17 +234,18 @@ def _place(
     ids_NK: np.ndarray[Any, np.dtype[np.int64]],
     num_experts: int,
     workers: int,
-    share: float,
-) -> LayerReplicas:
-    placement = place(
-        {0: ids_NK},
-        config.placement,
-        num_experts=num_experts,
-        num_workers=workers,
-        slots_per_worker=min(num_experts, math.ceil(share * num_experts / workers)),
-        seed=config.seed,
-    )
-    return placement.replicas(0, num_experts)
+    slots: float,
+) -> tuple[LayerReplicas, LayerReplicas]:
+    """With replicas, and without but with as many slots."""
+    sizes: dict[str, int] = {
+        "num_experts": num_experts,
+        "num_workers": workers,
+        "slots_per_worker": min(num_experts, math.ceil(slots * num_experts / workers)),
+        "seed": config.seed,
+    }
+    ours = place({0: ids_NK}, config.placement, **sizes)
+    none = dataclasses.replace(ours, layers={0: place_without_replicas(ids_NK, **sizes)})
+    return ours.replicas(0, num_experts), none.replicas(0, num_experts)
 
 
 def _compare(

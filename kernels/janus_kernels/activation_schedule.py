@@ -47,6 +47,7 @@ def activation_schedule(
     """
     if not table.has_choice:
         policy = Policy.FIRST
+    topk_ids_TK = topk_ids_TK.contiguous()
     num_slots = table.num_workers * table.slots_per_worker
     slots_TK = torch.empty(topk_ids_TK.shape, dtype=torch.int32, device=topk_ids_TK.device)
     counts = slots_TK.new_empty(num_slots + table.num_workers + 2)

@@ -4,7 +4,8 @@ Compiled by numba. Policies as in `janus_scheduler.activation`, shapes as in `re
 tokens, K experts of a token. Integers throughout, so that all backends agree to the last pair.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -17,10 +18,18 @@ _METRO, _EXACT, _TOKEN = int(Policy.METRO), int(Policy.EXACT), int(Policy.TOKEN)
 _AEBS, _AUTO = int(Policy.AEBS), int(Policy.AUTO)
 _LOW_32 = 0xFFFFFFFF
 
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
 Array = Any
 """A numpy array of integers, shaped as its name says."""
 
-_compiled = numba.njit(cache=True, nogil=True)
+
+def _compiled(function: FunctionT) -> FunctionT:
+    """Compile at the first call; the result is kept on disk where there is a place to write to."""
+    try:
+        return cast(FunctionT, numba.njit(cache=True, nogil=True)(function))
+    except RuntimeError:  # neither beside this file nor in the user's cache
+        return cast(FunctionT, numba.njit(nogil=True)(function))
 
 
 @_compiled
@@ -47,18 +56,31 @@ def schedule_into(
         for token in range(num_tokens):
             for k in range(top_k):
                 tokens_E[ids_TK[token, k]] += 1
-        workers_ER = slots_ER // slots_per_worker
+        workers_ER = np.empty(slots_ER.shape, np.int64)
+        for expert in range(len(slots_ER)):
+            for index in range(slots_ER.shape[1]):
+                workers_ER[expert, index] = slots_ER[expert, index] // slots_per_worker
         shares_ER = np.zeros(slots_ER.shape, np.int64)
         costs = (expert_ps, pair_ps)
         _share(policy, tokens_E, workers_ER, num_replicas_E, num_workers, costs, shares_ER)
         _deal(ids_TK, tokens_E, shares_ER, slots_ER, slots_TK)
-    counts[:] = 0
+    for count in range(len(counts)):
+        counts[count] = 0
     for token in range(num_tokens):
         for k in range(top_k):
             counts[slots_TK[token, k]] += 1
     for slot in range(num_slots):
         counts[num_slots + slot // slots_per_worker] += counts[slot] > 0
-    counts[-2], counts[-1] = counts[num_slots:-2].max(), 1
+    counts[-2], counts[-1] = _most(counts[num_slots:-2]), 1
+
+
+@_compiled
+def _most(values: Array) -> int:
+    """The largest. In a loop like all else here: numba takes seconds to compile array functions."""
+    most: int = values[0]
+    for value in values:
+        most = max(most, value)
+    return most
 
 
 @_compiled
@@ -109,22 +131,41 @@ def _share(
         forced = _force(tokens_E, workers_ER, num_replicas_E, loads_W)
     _greedy(tokens_E, workers_ER, num_replicas_E, policy != _METRO, chosen_E, loads_W)
     if policy in (_EXACT, _AUTO):
+        total = 0
+        for load in loads_W:
+            total += load
         # No schedule does better than an even spread, nor than what has no choice.
-        floor = max(-(-loads_W.sum() // num_workers), forced)
-        while loads_W.max() > floor:
+        floor = max(-(-total // num_workers), forced)
+        while _most(loads_W) > floor:
             if not _move_along_path(tokens_E, workers_ER, num_replicas_E, chosen_E, loads_W):
                 break
     for expert in range(len(tokens_E)):
         shares_ER[expert, chosen_E[expert]] = tokens_E[expert]
     if policy == _AUTO:
-        whole, most_tokens = _cost(shares_ER, workers_ER, num_replicas_E, num_workers, costs)
-        # Splitting saves at most the computing of the fullest worker, and may add a read.
-        if costs[1] * most_tokens > costs[0]:
-            split_ER = np.zeros_like(shares_ER)
-            _split(tokens_E, workers_ER, num_replicas_E, num_workers, split_ER)
-            split, _ = _cost(split_ER, workers_ER, num_replicas_E, num_workers, costs)
-            if split < whole:
-                shares_ER[:] = split_ER
+        _split_if_cheaper(tokens_E, workers_ER, num_replicas_E, num_workers, costs, shares_ER)
+
+
+@_compiled
+def _split_if_cheaper(
+    tokens_E: Array,
+    workers_ER: Array,
+    num_replicas_E: Array,
+    num_workers: int,
+    costs: tuple[int, int],
+    shares_ER: Array,
+) -> None:
+    """Replace whole shares by split ones where that costs the slowest worker less."""
+    whole, most_tokens = _cost(shares_ER, workers_ER, num_replicas_E, num_workers, costs)
+    # Splitting saves at most the computing of the fullest worker, and may add a read.
+    if costs[1] * most_tokens <= costs[0]:
+        return
+    split_ER = np.zeros(shares_ER.shape, np.int64)
+    _split(tokens_E, workers_ER, num_replicas_E, num_workers, split_ER)
+    split, _ = _cost(split_ER, workers_ER, num_replicas_E, num_workers, costs)
+    if split < whole:
+        for expert in range(len(tokens_E)):
+            for index in range(num_replicas_E[expert]):
+                shares_ER[expert, index] = split_ER[expert, index]
 
 
 @_compiled
@@ -145,7 +186,7 @@ def _cost(
                 worker = workers_ER[expert, index]
                 cost_W[worker] += costs[0] + costs[1] * tokens
                 tokens_W[worker] += tokens
-    return cost_W.max(), tokens_W.max()
+    return _most(cost_W), _most(tokens_W)
 
 
 @_compiled
@@ -154,8 +195,7 @@ def _force(tokens_E: Array, workers_ER: Array, num_replicas_E: Array, loads_W: A
     for expert in range(len(tokens_E)):
         if tokens_E[expert] > 0 and num_replicas_E[expert] == 1:
             loads_W[workers_ER[expert, 0]] += 1
-    most: int = loads_W.max()
-    return most
+    return _most(loads_W)
 
 
 @_compiled
@@ -183,15 +223,18 @@ def _move_along_path(
     tokens_E: Array, workers_ER: Array, num_replicas_E: Array, chosen_E: Array, loads_W: Array
 ) -> bool:
     """Relieve the fullest worker of one expert along a shortest path; whether there is one."""
-    fullest = np.argmax(loads_W)
-    depth_W = np.full(len(loads_W), -1)
+    fullest = 0
+    depth_W = np.empty(len(loads_W), np.int64)
+    for worker in range(len(loads_W)):
+        depth_W[worker] = -1
+        if loads_W[worker] > loads_W[fullest]:
+            fullest = worker
     depth_W[fullest] = 0
     # The expert that reaches a worker, and the replica to choose for it.
     came_by_W2 = np.zeros((len(loads_W), 2), np.int64)
-    movable_E = (tokens_E > 0) & (num_replicas_E > 1)
     depth, end = 0, -1
     while end < 0:
-        if not _reach(movable_E, workers_ER, num_replicas_E, chosen_E, depth, depth_W, came_by_W2):
+        if not _reach(tokens_E, workers_ER, num_replicas_E, chosen_E, depth, depth_W, came_by_W2):
             return False
         depth += 1
         for worker in range(len(loads_W) - 1, -1, -1):
@@ -208,7 +251,7 @@ def _move_along_path(
 
 @_compiled
 def _reach(
-    movable_E: Array,
+    tokens_E: Array,
     workers_ER: Array,
     num_replicas_E: Array,
     chosen_E: Array,
@@ -218,8 +261,9 @@ def _reach(
 ) -> bool:
     """Mark the workers that an expert of a worker at `depth` could move to; whether there are."""
     grew = False
-    for expert in range(len(movable_E)):
-        if movable_E[expert] and depth_W[workers_ER[expert, chosen_E[expert]]] == depth:
+    for expert in range(len(tokens_E)):
+        movable = tokens_E[expert] > 0 and num_replicas_E[expert] > 1
+        if movable and depth_W[workers_ER[expert, chosen_E[expert]]] == depth:
             for index in range(num_replicas_E[expert]):
                 worker = workers_ER[expert, index]
                 if depth_W[worker] < 0:
@@ -262,7 +306,7 @@ def _fill_up(loads_W: Array, hosts_R: Array, amount: int, shares_R: Array) -> No
     The level is the least, over the loads taken as the highest still covered, of what they and all
     lower ones would come to.
     """
-    level = loads_W.max() + amount
+    level = _most(loads_W) + amount
     for highest in hosts_R:
         num_under, total = 0, amount
         for worker in hosts_R:
@@ -285,7 +329,7 @@ def _deal(
     ids_TK: Array, tokens_E: Array, shares_ER: Array, slots_ER: Array, slots_TK: Array
 ) -> None:
     """Choose the replica of each pair by the tokens' indices, so that each gets about its share."""
-    upper_ER = np.zeros_like(shares_ER)
+    upper_ER = np.zeros(shares_ER.shape, np.int64)
     for expert in range(len(tokens_E)):
         if tokens_E[expert] > 0:
             up_to = 0

@@ -12,9 +12,6 @@ import triton.language as tl
 from janus_kernels.replica_choice_triton import WHOLE_SHARE, augment, greedy, split
 from janus_kernels.replica_table import GOLDEN, Policy, ReplicaTable
 
-MAX_WORKERS = 64
-"""A set of workers is one int64."""
-
 _MAX_BLOCK = 4096
 _GOLDEN = tl.constexpr(GOLDEN)
 _FIRST = tl.constexpr(int(Policy.FIRST))
@@ -116,7 +113,8 @@ def _count_experts(counts_ptr, workers_W, W: tl.constexpr, C: tl.constexpr, C_PA
     tl.store(counts_ptr + W * C + W + 1, 1)
 
 
-@triton.jit
+# Numbers that change from layer to layer or step to step must not each compile a kernel.
+@triton.jit(do_not_specialize=["num_pairs", "num_replicated", "expert_ps", "pair_ps", "seed"])
 def _schedule_kernel(
     ids_ptr,  # int64 [P]
     slots_ptr,  # int32 [E, R]
@@ -270,10 +268,6 @@ def launch(
     counts: torch.Tensor,
 ) -> None:
     """Fill slots_TK and counts, as `ActivationSchedule` has them, for topk_ids_TK (contiguous)."""
-    if table.num_workers > MAX_WORKERS:
-        raise ValueError(
-            f"a GPU schedules over up to {MAX_WORKERS} expert workers, not {table.num_workers}"
-        )
     num_tokens, top_k = topk_ids_TK.shape
     num_experts, num_replicas = table.slots_ER.shape
     scratch = torch.empty(

@@ -13,6 +13,9 @@ import torch
 TOKEN_SWEEPS = 2
 """Times that the token policy goes over the replicated experts."""
 
+MAX_GPU_WORKERS = 64
+"""There a set of workers is one int64."""
+
 GOLDEN = 0x9E3779B9
 """2**32 divided by the golden ratio: multiples of it modulo 2**32 fill the range evenly."""
 
@@ -60,11 +63,16 @@ def replica_table(
 ) -> ReplicaTable:
     """Build the table of slots_ER (int32, ascending in each row, padded with -1) on its device.
 
-    Raises ValueError where an expert has no slot, or a slot beyond those of the workers.
+    Raises ValueError where an expert has no slot, or a slot beyond those of the workers, and with
+    more workers than a GPU can schedule over.
     """
     num_replicas_E = (slots_ER >= 0).sum(dim=1, dtype=torch.int32)
     if not bool((num_replicas_E > 0).all()):
         raise ValueError(f"expert {int(num_replicas_E.argmin())} has no expert slot")
+    if slots_ER.device.type != "cpu" and num_workers > MAX_GPU_WORKERS:
+        raise ValueError(
+            f"a GPU schedules over up to {MAX_GPU_WORKERS} expert workers, not {num_workers}"
+        )
     if int(slots_ER.max()) >= num_workers * slots_per_worker:
         raise ValueError(
             f"expert slot {int(slots_ER.max())} is beyond {num_workers} workers with "
@@ -74,9 +82,8 @@ def replica_table(
     slots = slots_ER[experts, replicas].to(torch.int32)
     slot_EW = slots.new_full((len(slots_ER), num_workers), -1)
     slot_EW[experts, slots // slots_per_worker] = slots
-    bits_W = torch.ones_like(num_replicas_E, dtype=torch.int64)[:1] << torch.arange(
-        num_workers, device=slots_ER.device
-    )
+    one = torch.ones((), dtype=torch.int64, device=slots_ER.device)
+    bits_W = one << torch.arange(num_workers, device=slots_ER.device)
     return ReplicaTable(
         num_workers=num_workers,
         slots_per_worker=slots_per_worker,

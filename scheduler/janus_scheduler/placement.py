@@ -3,7 +3,6 @@
 Shapes: W expert workers, C expert slots of a worker and layer, E logical experts.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,10 +44,6 @@ class LayerReplicas:
     def workers_ER(self) -> SlotExperts:
         """Worker of each replica; -1: no more."""
         return np.where(self.slots_ER == EMPTY, EMPTY, self.slots_ER // self.slots_per_worker)
-
-    def first(self) -> "LayerReplicas":
-        """The same without replicas: each expert on the lowest worker that holds it."""
-        return dataclasses.replace(self, slots_ER=self.slots_ER[:, :1])
 
     def per_worker(self, values_ER: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """Sum integer values of the replicas over each worker: int64 [W]."""

@@ -82,6 +82,33 @@ def place(
     return Placement(num_workers=num_workers, slots_per_worker=slots_per_worker, layers=layers)
 
 
+def place_without_replicas(
+    ids_NK: ExpertIds,
+    *,
+    num_experts: int,
+    num_workers: int,
+    slots_per_worker: int,
+    batch_tokens: int = 64,
+    effort: int = 1000,
+    seed: int = 0,
+) -> SlotExperts:
+    """What replicas have to beat: each expert once, searched alike; slots to spare stay empty.
+
+    Their room is used, too: a worker may hold few busy experts and another many idle ones.
+    """
+    counts_E = expert_counts(ids_NK, num_experts)
+    once_E = np.ones(num_experts, dtype=np.int64)
+    starts = [
+        _pack_by_load(counts_E, once_E, num_workers, slots)
+        for slots in {slots_per_worker, -(-num_experts // num_workers)}
+    ]
+    padded = [
+        np.pad(one, ((0, 0), (0, slots_per_worker - one.shape[1])), constant_values=EMPTY)
+        for one in starts
+    ]
+    return _search(padded, ids_NK, num_experts, batch_tokens, effort, seed)
+
+
 def replicate(counts_E: Counts, num_slots: int, most: int) -> Counts:
     """Replicas of each expert: one, then each further slot to the most tokens per replica.
 
@@ -203,7 +230,10 @@ def _pack(
         held[worker].remove(moved)
         held[worker].append(expert)
         held[to].append(moved)
-    return np.array(held, dtype=np.int32)
+    table_WC = np.full((num_workers, slots_per_worker), EMPTY, dtype=np.int32)
+    for worker, experts in enumerate(held):
+        table_WC[worker, : len(experts)] = experts
+    return table_WC
 
 
 def _search(
@@ -250,8 +280,8 @@ def _relieve(
 ) -> SlotExperts | None:
     """Take an expert that the fullest worker of some batch reads to a worker that reads fewer.
 
-    There it takes the slot of an expert that the batch leaves idle: that of a replica to spare, or
-    in exchange. None where the draw finds no such change.
+    There it takes an empty slot, or that of an expert that the batch leaves idle: of a replica to
+    spare, or in exchange. None where the draw finds no such change.
     """
     batch = int(rng.integers(len(active_BE)))
     load_W, active_E = experts_BW[batch], active_BE[batch]
@@ -265,16 +295,16 @@ def _relieve(
     worker = int(rng.choice(lighter))
     expert = int(rng.choice(np.flatnonzero(read_here_E)))
     slot_C = table_WC[worker]
-    idle = np.flatnonzero((slot_C != EMPTY) & ~active_E[slot_C])
+    idle = np.flatnonzero((slot_C == EMPTY) | ~active_E[slot_C])
     if expert in slot_C or not len(idle):
         return None
     slot = int(rng.choice(idle))
     given_up = int(slot_C[slot])
     changed = table_WC.copy()
     changed[worker, slot] = expert
-    has_spare = replicas.num_replicas_E[given_up] > 1
+    has_spare = given_up != EMPTY and replicas.num_replicas_E[given_up] > 1
     if not has_spare or rng.random() < 0.5:
-        if given_up in table_WC[fullest]:
+        if given_up != EMPTY and given_up in table_WC[fullest]:
             return changed if has_spare else None
         changed[fullest, np.flatnonzero(table_WC[fullest] == expert)[0]] = given_up
     return changed

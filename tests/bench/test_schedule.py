@@ -30,7 +30,7 @@ def test_exact_is_the_optimum_and_none_the_baseline(
             assert row["against_flow"] == 1
         if slots == 1:
             # Nobody has a choice.
-            assert row["against_none"] == 1
+            assert row["against_exact"] == 1
     assert rows[1.5, 24, "exact"]["against_none"] < 1
     assert output.with_suffix(".svg").stat().st_size > 5000
     assert "demo on 8 workers" in capsys.readouterr().out
@@ -40,7 +40,7 @@ def test_exact_is_the_optimum_and_none_the_baseline(
     ("flags", "sentence"),
     [
         (["--shapes", "gpt"], "there is no shape 'gpt'"),
-        (["--slots", "0.5"], "--slots must be at least 1.0"),
+        (["--slots", "0.5"], "--slots must be between 1 and 1024"),
         (["--batches", "0"], "must be at least 1"),
         (["--device", "tpu"], "--device must be cpu or cuda"),
         (["--device", "cuda"], "torch finds no GPU"),

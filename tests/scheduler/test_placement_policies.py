@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from janus_bench.routing_traces import RECORDED, read_routing
+from janus_scheduler.placement import EMPTY
 from janus_scheduler.placement_policies import (
     PLACEMENT_POLICIES,
     PlacementPolicy,
     by_coactivation,
     eplb,
     place,
+    place_without_replicas,
     replicate,
 )
 from janus_scheduler.routing import (
@@ -115,6 +117,15 @@ def test_search_beats_what_it_starts_from() -> None:
         assert load.floor <= load.a_max <= load.a_max_p99 + 1
         assert load.imbalance >= 1
     assert a_max["search"] < min(a_max[policy] for policy in PLACEMENT_POLICIES[1:])
+
+
+def test_without_replicas_every_expert_is_once() -> None:
+    ids_NK = read_routing(RECORDED / "demo.npz").layers[0]
+    table_WC = place_without_replicas(
+        ids_NK, num_experts=32, num_workers=6, slots_per_worker=8, effort=50
+    )
+    assert table_WC.shape == (6, 8)
+    assert sorted(table_WC[table_WC != EMPTY].tolist()) == list(range(32))
 
 
 def test_expected_load_worked_by_hand() -> None:

@@ -8,7 +8,12 @@ import sys
 from janus_proto.v1.control_pb2_grpc import add_ControlServiceServicer_to_server
 from janus_server import process
 from janus_server.controller.config import ControllerConfig
-from janus_server.controller.membership import HEARTBEAT_INTERVAL_S, Membership, check_pools
+from janus_server.controller.membership import (
+    HEARTBEAT_INTERVAL_S,
+    Membership,
+    check_pools,
+    given_costs,
+)
 from janus_server.controller.placement import first_placement
 from janus_server.controller.service import SERVICE_NAME, ControlService
 from janus_server.grpc_server import check_can_listen, start_server
@@ -21,6 +26,7 @@ async def main(config: ControllerConfig, stop: asyncio.Event) -> None:
     """Serve the control service, and the store in which an epoch's workers meet, until `stop`."""
     checkpoint = Checkpoint.open(config.model.checkpoint)
     check_pools(config.pools, checkpoint.spec)
+    given_costs(config.schedule)
     has_experts = config.pools.expert_workers > 0
     membership = Membership(
         fingerprint=checkpoint.fingerprint,

@@ -239,9 +239,9 @@ def given_costs(schedule: ScheduleConfig) -> ActivationCosts | None:
     if not schedule.expert_us and not schedule.pair_us:
         return None
     for flag, cost_us in (("expert-us", schedule.expert_us), ("pair-us", schedule.pair_us)):
-        if not 1e-6 <= cost_us <= 1e9:
+        if not 1e-6 <= cost_us <= 1e6:
             raise ConfigError(
-                f"--expert-us and --pair-us must be given together, both between 1e-6 and 1e9: "
+                f"--expert-us and --pair-us must be given together, both between 1e-6 and 1e6: "
                 f"--{flag} is {cost_us:g}"
             )
     return ActivationCosts(

@@ -36,9 +36,12 @@ def first_placement(pools: PoolConfig, spec: ModelSpec) -> Placement:
             f"{pools.placement} gives each worker {placement.slots_per_worker} expert slots, but "
             f"--expert-slots is {pools.expert_slots}"
         )
-    missing = sorted(set(spec.moe_layers) - set(placement.layers))
-    if missing:
-        raise ConfigError(f"{pools.placement} does not place the experts of layer {missing[0]}")
+    for layer in sorted(set(placement.layers) - set(spec.moe_layers)):
+        raise ConfigError(
+            f"{pools.placement} places experts in what is no MoE layer: layer {layer}"
+        )
+    for layer in sorted(set(spec.moe_layers) - set(placement.layers)):
+        raise ConfigError(f"{pools.placement} does not place the experts of layer {layer}")
     return placement
 
 
@@ -48,14 +51,14 @@ def read_placement(path: Path, num_experts: int) -> Placement:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the placement {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     try:
-        placement = _placement(content)
+        placement = _placement(content, num_experts)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise ConfigError(
-            f'{path} is not a placement: "layers" must give each layer a table of integers, one '
-            f"row of equal length a worker ({error})"
+            f'{path} is not a placement of this model: "layers" must give each layer a table of '
+            f"integers, one row of equal length a worker ({error})"
         ) from None
     try:
         placement.check(num_experts)
@@ -70,7 +73,9 @@ def write_placement(path: Path, placement: Placement, num_experts: int) -> None:
     path.write_text(json.dumps({"num_experts": num_experts, "layers": layers}) + "\n")
 
 
-def _placement(content: Any) -> Placement:
+def _placement(content: Any, num_experts: int) -> Placement:
+    if content["num_experts"] != num_experts:
+        raise ValueError(f"it is for {content['num_experts']} experts, not {num_experts}")
     tables = {int(layer): _table(rows) for layer, rows in content["layers"].items()}
     first = next(iter(tables.values()), None)
     if first is None:
@@ -82,4 +87,6 @@ def _table(rows: Any) -> np.ndarray[Any, np.dtype[np.int32]]:
     table = np.array(rows)
     if table.ndim != 2 or not table.size or table.dtype.kind != "i":
         raise ValueError("a table must have two dimensions, of integers")
+    if abs(table).max() > np.iinfo(np.int32).max:
+        raise ValueError("an expert is out of any range")
     return table.astype(np.int32)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from janus_kernels.activation_schedule import activation_schedule
+from janus_kernels.activation_schedule import ActivationSchedule, activation_schedule
 from janus_kernels.grouped_gemm import expert_ffn
 from janus_kernels.linear import linear
 from janus_kernels.replica_table import Policy, ReplicaTable
@@ -53,6 +53,10 @@ class ExpertRunner:
         self._costs_ps = (scheduling.costs.expert_ps, scheduling.costs.pair_ps)
         # One addition a layer and step, without a word to the host.
         self._sums = {layer: _zero_sums(weights.replicas) for layer, weights in layers.items()}
+        for layer, weights in list(layers.items())[:1]:
+            # Compiled now rather than while the first request waits.
+            ids_TK = torch.arange(spec.top_k, device=weights.replicas.slots_ER.device)[None]
+            self._schedule(layer, ids_TK)
 
     def partial(self, layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:
         """Weighted sum of this worker's experts for each token, [T, H] in the dtype of hidden."""
@@ -62,9 +66,7 @@ class ExpertRunner:
             self._spec.top_k,
             normalize=self._spec.norm_topk_prob,
         )
-        schedule = activation_schedule(
-            topk_ids_TK, weights.replicas, self._policy, costs_ps=self._costs_ps, seed=layer
-        )
+        schedule = self._schedule(layer, topk_ids_TK)
         self._sums[layer] += schedule.counts
         return expert_ffn(
             hidden_TH,
@@ -75,6 +77,12 @@ class ExpertRunner:
             weights.down_CFH,
             first_slot=self._worker * weights.replicas.slots_per_worker,
         ).to(hidden_TH.dtype)
+
+    def _schedule(self, layer: int, topk_ids_TK: torch.Tensor) -> ActivationSchedule:
+        table = self._layers[layer].replicas
+        return activation_schedule(
+            topk_ids_TK, table, self._policy, costs_ps=self._costs_ps, seed=layer
+        )
 
     @property
     def worker(self) -> int:
@@ -88,7 +96,8 @@ class ExpertRunner:
     def _layer_counts(self, layer: int) -> LayerCounts:
         table = self._layers[layer].replicas
         num_slots = table.num_workers * table.slots_per_worker
-        sums = self._sums[layer].to("cpu")
+        # A copy, as steps go on adding.
+        sums = self._sums[layer].to("cpu", copy=True)
         tokens_S, (sum_a_max, num_steps) = sums[:num_slots], sums[-2:].tolist()
         slots_ER = table.slots_ER.to("cpu", torch.int64)
         tokens_ER = torch.where(slots_ER >= 0, tokens_S[slots_ER.clamp(min=0)], 0)

@@ -169,7 +169,7 @@ def test_given_costs_win() -> None:
 
 @pytest.mark.parametrize(("expert_us", "pair_us"), [(1, 0), (0, 1), (-1, 1), (float("nan"), 1)])
 def test_costs_that_cannot_be(expert_us: float, pair_us: float) -> None:
-    with pytest.raises(ConfigError, match="must be given together, both between 1e-6 and 1e9"):
+    with pytest.raises(ConfigError, match="must be given together, both between 1e-6 and 1e6"):
         given_costs(ScheduleConfig(expert_us=expert_us, pair_us=pair_us))
 
 

@@ -33,6 +33,11 @@ def test_round_trip(tmp_path: Path) -> None:
         ({"0": [[0, 1, 2], [3, 4, 9]]}, "worker 1 holds expert 9, but the experts are 0 to 4"),
         ({"0": [[0, 1, 2, 3, 4]]}, "places experts on 1 workers, but --expert-workers is 2"),
         ({"0": [[0, 1, 2], [3, 4]]}, "is not a placement"),
+        ({"0": [[2**32]]}, "out of any range"),
+        (
+            {"0": [[0, 1, 2], [3, 4, 0]], "1": [[0, 1, 2], [3, 4, 0]]},
+            "places experts in layer 1, which has none",
+        ),
         ({"0": [[0.5]]}, "is not a placement"),
         ({"zero": [[0]]}, "is not a placement"),
         ({}, "is not a placement"),

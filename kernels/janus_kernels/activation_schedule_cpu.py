@@ -133,7 +133,7 @@ def _share(
     if policy in (_EXACT, _AUTO):
         total = 0
         for load in loads_W:
-            total += load
+            total += int(load)
         # No schedule does better than an even spread, nor than what has no choice.
         floor = max(-(-total // num_workers), forced)
         while _most(loads_W) > floor:

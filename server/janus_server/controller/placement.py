@@ -36,12 +36,14 @@ def first_placement(pools: PoolConfig, spec: ModelSpec) -> Placement:
             f"{pools.placement} gives each worker {placement.slots_per_worker} expert slots, but "
             f"--expert-slots is {pools.expert_slots}"
         )
-    for layer in sorted(set(placement.layers) - set(spec.moe_layers)):
-        raise ConfigError(
-            f"{pools.placement} places experts in what is no MoE layer: layer {layer}"
-        )
-    for layer in sorted(set(spec.moe_layers) - set(placement.layers)):
-        raise ConfigError(f"{pools.placement} does not place the experts of layer {layer}")
+    foreign, missing = (
+        set(placement.layers) - set(spec.moe_layers),
+        set(spec.moe_layers) - set(placement.layers),
+    )
+    if foreign:
+        raise ConfigError(f"{pools.placement} places experts in layer {min(foreign)}, without any")
+    if missing:
+        raise ConfigError(f"{pools.placement} does not place the experts of layer {min(missing)}")
     return placement
 
 

@@ -36,7 +36,7 @@ def test_round_trip(tmp_path: Path) -> None:
         ({"0": [[2**32]]}, "out of any range"),
         (
             {"0": [[0, 1, 2], [3, 4, 0]], "1": [[0, 1, 2], [3, 4, 0]]},
-            "places experts in layer 1, which has none",
+            "experts in layer 1, without any",
         ),
         ({"0": [[0.5]]}, "is not a placement"),
         ({"zero": [[0]]}, "is not a placement"),

@@ -2,8 +2,8 @@
 
 Shapes: T tokens, K experts of a token, E logical experts, W expert workers, C expert slots of a
 worker. Every expert worker computes the same choice from the same input, without a word between
-them; the choice never changes a token. `janus_scheduler.activation` says what the policies do and
-is the oracle of the tests.
+them. It changes who computes, and so no more than the rounding of partial sums.
+`janus_scheduler.activation` says what the policies do and is the oracle of the tests.
 
 Example: 2 workers of 2 slots, which hold experts [0, 1] and [2, 1]; a batch activates 0 and 1.
 slots_ER = [[0, -1], [1, 3], [2, -1]]. Worker 0 alone holds expert 0, so that `exact` sends expert 1

@@ -28,7 +28,7 @@ _REPEATS = 7
 
 
 def measure_costs(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> ActivationCosts:
-    """Time probes of this model's experts on this worker; takes a fraction of a second."""
+    """Time probes of this model's experts on this worker; takes up to a second or two."""
     hidden, inner = spec.hidden_size, spec.expert_intermediate_size
     expert_bytes = 3 * hidden * inner * dtype.itemsize
     num_experts = max(2, min(_MAX_EXPERTS, _MAX_BYTES // expert_bytes))

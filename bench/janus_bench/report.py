@@ -7,6 +7,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ RESULTS = Path(__file__).parent / "results"
 """Committed results, one JSON file each."""
 
 
+_LIBRARIES = ("torch", "triton", "numba", "numpy", "transformers")
+
+
 def environment() -> dict[str, Any]:
     """The machine, the commit and the libraries that a measurement was made with."""
     return {
@@ -25,10 +29,11 @@ def environment() -> dict[str, Any]:
         "command": " ".join(["janus", *sys.argv[1:]]),
         "commit": _commit(),
         "device": _cpu_model(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_count": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
+        "versions": {name: version(name) for name in _LIBRARIES if find_spec(name)},
     }
 
 

@@ -167,7 +167,7 @@ def command(argv: Sequence[str]) -> int:
         {
             "environment": measured_in,
             "configuration": configuration,
-            "columns": list(rows[0]) if rows else [],
+            "columns": list(rows[0]),
             # Thousands of rows: their names once are enough.
             "results": [list(row.values()) for row in rows],
         },

@@ -48,7 +48,8 @@ def group_configs(
             num_attention=num_attention,
             num_experts=num_experts,
             timeout_s=timeout_s,
-            join_timeout_s=timeout_s,
+            # Threads that share two cores may be slow to meet, however short a silence is.
+            join_timeout_s=max(timeout_s, 20.0),
         )
         for rank in range(num_attention + num_experts)
     ]

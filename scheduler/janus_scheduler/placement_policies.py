@@ -69,16 +69,17 @@ def place(
     layers: dict[int, SlotExperts] = {}
     for layer, ids_NK in sorted(routing.items()):
         counts_E = expert_counts(ids_NK, num_experts)
-        by_load = eplb(
-            counts_E, num_workers, slots_per_worker, num_nodes=num_nodes, num_groups=num_groups
-        )
-        apart = by_coactivation(
-            counts_E, coactivation(ids_NK, num_experts), num_workers, slots_per_worker
-        )
-        layers[layer] = {"eplb": by_load, "coactivation": apart}.get(policy, by_load)
+        tables: list[SlotExperts] = []
+        if policy != "coactivation":
+            sizes = (counts_E, num_workers, slots_per_worker)
+            tables.append(eplb(*sizes, num_nodes=num_nodes, num_groups=num_groups))
+        if policy != "eplb":
+            both_EE = coactivation(ids_NK, num_experts)
+            tables.append(by_coactivation(counts_E, both_EE, num_workers, slots_per_worker))
         if policy == "search":
-            starts = [in_turn.layers[layer], by_load, apart]
-            layers[layer] = _search(starts, ids_NK, num_experts, batch_tokens, effort, seed)
+            starts = [in_turn.layers[layer], *tables]
+            tables = [_search(starts, ids_NK, num_experts, batch_tokens, effort, seed)]
+        [layers[layer]] = tables
     return Placement(num_workers=num_workers, slots_per_worker=slots_per_worker, layers=layers)
 
 

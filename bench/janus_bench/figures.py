@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from janus_bench.routing_traces import RoutingTrace
+from janus_bench.routing_traces import RoutingSample
 from janus_scheduler.activation import activated
 from janus_scheduler.placement import EMPTY, Placement
 from janus_scheduler.routing import expert_counts, sample_batches
@@ -20,7 +20,7 @@ _NUM_BATCHES = 200
 
 
 def draw_placement(
-    path: Path, trace: RoutingTrace, placement: Placement, *, batch_tokens: int
+    path: Path, trace: RoutingSample, placement: Placement, *, batch_tokens: int
 ) -> None:
     """Draw, for up to four layers, how often each worker reads each expert, and experts' loads."""
     layers = sorted(trace.layers)
@@ -55,7 +55,7 @@ def draw_placement(
 
 
 def _reads(
-    trace: RoutingTrace, placement: Placement, layer: int, batch_tokens: int
+    trace: RoutingSample, placement: Placement, layer: int, batch_tokens: int
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Share of batches in which a worker reads an expert, [W, E]; NaN where it holds no replica."""
     active_BE = sample_batches(

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from janus_bench.report import check_folder
-from janus_bench.routing_traces import RoutingTrace, read_routing
+from janus_bench.routing_traces import RoutingSample, read_routing
 from janus_scheduler.placement import Placement
 from janus_scheduler.placement_policies import PLACEMENT_POLICIES, PlacementPolicy, place
 from janus_scheduler.routing import ExpectedLoad, expected_load, expert_counts, sample_batches
@@ -105,7 +105,7 @@ def _check(config: PlacementConfig) -> None:
         raise ConfigError(f"--plot needs a name that ends in .png or .svg, not {config.plot}")
 
 
-def place_by(config: PlacementConfig, trace: RoutingTrace, policy: PlacementPolicy) -> Placement:
+def place_by(config: PlacementConfig, trace: RoutingSample, policy: PlacementPolicy) -> Placement:
     """Place the trace's layers; raises ConfigError where they do not fit."""
     try:
         return place(
@@ -125,7 +125,7 @@ def place_by(config: PlacementConfig, trace: RoutingTrace, policy: PlacementPoli
 
 
 def judge(
-    config: PlacementConfig, trace: RoutingTrace, placement: Placement
+    config: PlacementConfig, trace: RoutingSample, placement: Placement
 ) -> dict[int, ExpectedLoad]:
     """The expected load of each layer, on other batches than those of the search."""
     loads: dict[int, ExpectedLoad] = {}
@@ -146,7 +146,7 @@ def judge(
 def _print_layers(
     console: Console,
     config: PlacementConfig,
-    trace: RoutingTrace,
+    trace: RoutingSample,
     placement: Placement,
     loads: dict[int, ExpectedLoad],
 ) -> None:
@@ -165,7 +165,7 @@ def _print_layers(
     console.print(table)
 
 
-def _print_comparison(console: Console, config: PlacementConfig, trace: RoutingTrace) -> None:
+def _print_comparison(console: Console, config: PlacementConfig, trace: RoutingSample) -> None:
     table = Table(title="mean over the layers")
     for name in ("policy", "a_max", "p99", "floor", "imbalance"):
         table.add_column(name, justify="left" if name == "policy" else "right")

@@ -18,7 +18,7 @@ RECORDED = Path(__file__).parent / "routing"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RoutingTrace:
+class RoutingSample:
     """Experts that tokens chose, layer by layer."""
 
     num_experts: int
@@ -26,7 +26,7 @@ class RoutingTrace:
     """Layer index -> [N, K], the most likely expert first."""
 
 
-def read_routing(path: Path) -> RoutingTrace:
+def read_routing(path: Path) -> RoutingSample:
     """Read what `record_routing` wrote; raises ConfigError."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -49,7 +49,7 @@ def read_routing(path: Path) -> RoutingTrace:
     sorted_LNK = np.sort(ids_LNK, axis=2)
     if (sorted_LNK[:, :, 1:] == sorted_LNK[:, :, :-1]).any():
         raise ConfigError(f"{path}: a token names an expert twice")
-    return RoutingTrace(
+    return RoutingSample(
         num_experts=num_experts,
         layers={
             int(layer): ids_NK.astype(np.int64)
@@ -76,7 +76,7 @@ class SyntheticRouting:
     block_boost: float = 4.0
     """1: no co-activation beyond that of popular experts."""
 
-    def sample(self, num_tokens: int, *, num_layers: int = 1, seed: int = 0) -> RoutingTrace:
+    def sample(self, num_tokens: int, *, num_layers: int = 1, seed: int = 0) -> RoutingSample:
         """Draw a trace; each layer has an order and blocks of its own."""
         rng = np.random.default_rng(seed)
         layers: dict[int, npt.NDArray[np.int64]] = {}
@@ -88,4 +88,4 @@ class SyntheticRouting:
             # The largest of Gumbel-shifted logarithms are a draw without repetition.
             keys_NE = np.log(popularity_E * boost_NE) + rng.gumbel(size=boost_NE.shape)
             layers[layer] = np.argsort(-keys_NE, axis=1)[:, : self.top_k]
-        return RoutingTrace(num_experts=self.num_experts, layers=layers)
+        return RoutingSample(num_experts=self.num_experts, layers=layers)

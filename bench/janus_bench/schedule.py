@@ -26,7 +26,7 @@ from rich.table import Table
 from janus_bench.figures import draw_schedules
 from janus_bench.optimum import least_a_max
 from janus_bench.report import RESULTS, check_folder, environment, write_result
-from janus_bench.routing_traces import RECORDED, RoutingTrace, SyntheticRouting, read_routing
+from janus_bench.routing_traces import RECORDED, RoutingSample, SyntheticRouting, read_routing
 from janus_kernels.activation_schedule import ActivationSchedule, activation_schedule
 from janus_kernels.replica_table import Policy, ReplicaTable, replica_table
 from janus_scheduler.activation import POLICIES, SchedulePolicy
@@ -61,7 +61,7 @@ class ModelShape:
         """Weights of one expert in bf16."""
         return 3 * self.hidden * self.inner * 2
 
-    def trace(self, seed: int) -> RoutingTrace:
+    def trace(self, seed: int) -> RoutingSample:
         """One layer of routing."""
         if isinstance(self.routing, SyntheticRouting):
             return self.routing.sample(_TRACE_TOKENS, seed=seed)

@@ -69,7 +69,7 @@ class Scheduling:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ActivationSchedule:
+class ReplicaChoice:
     """The replica choice of one batch in one layer."""
 
     slots_TK: Array
@@ -96,7 +96,7 @@ def schedule(
     *,
     costs: ActivationCosts | None = None,
     seed: int = 0,
-) -> ActivationSchedule:
+) -> ReplicaChoice:
     """Choose the replica of each pair; `costs` are needed by `auto`, `seed` is of `random`."""
     ids_TK = topk_ids_TK.astype(np.int64)
     if policy in ("random", "eplb"):
@@ -107,7 +107,7 @@ def schedule(
     slots_TK = replicas.slots_ER[ids_TK, chosen_TK].astype(np.int64)
     num_slots = replicas.num_workers * replicas.slots_per_worker
     tokens_S = np.bincount(slots_TK.ravel(), minlength=num_slots)
-    return ActivationSchedule(
+    return ReplicaChoice(
         slots_TK=slots_TK, tokens_WC=tokens_S.reshape(-1, replicas.slots_per_worker)
     )
 

@@ -59,6 +59,28 @@ def test_no_drawer_for_everything() -> None:
     assert [path for path in SOURCES if any(drawers.fullmatch(part) for part in path.parts)] == []
 
 
+def class_names(paths: list[Path]) -> list[str]:
+    return [
+        node.name
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+
+
+def test_each_class_name_means_one_thing() -> None:
+    names = class_names(SOURCES)
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
+
+
+def test_no_class_mirrors_a_message() -> None:
+    # The scheduler may not import protos: its values and the messages that carry them share names.
+    own = [path for path in SOURCES if not path.is_relative_to(ROOT / "scheduler")]
+    messages = class_names(sorted((ROOT / "proto").rglob("*_pb2*.pyi")))
+    assert messages
+    assert set(class_names(own)) & set(messages) == set()
+
+
 def test_only_packages_beside_packages() -> None:
     for package in PACKAGES:
         loose = [path.name for path in (ROOT / package).parent.glob("*.py")]

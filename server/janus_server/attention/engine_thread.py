@@ -5,23 +5,12 @@ import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from janus_proto.v1 import worker_pb2
 from janus_scheduler.request import SamplingParams
 from janus_server.attention.engine import Engine, TokenOutput
 from janus_server.comm.base import ExpertPool
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineLoad:
-    """What the engine holds, as of the end of a step."""
-
-    num_running: int
-    num_waiting: int
-    num_free_blocks: int
-    num_blocks: int
-    block_size: int
-    num_preemptions: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +21,7 @@ class StepResult:
     outputs: Sequence[TokenOutput]
     ended: Sequence[str]
     """Requests that ended without a token: aborted or refused. Their KV blocks are free."""
-    load: EngineLoad
+    load: worker_pb2.EngineLoad
 
 
 class EngineThread:
@@ -91,10 +80,10 @@ class EngineThread:
         """Drop a request at the next step boundary; unknown ids do nothing."""
         self._commands.put(lambda: request_id if self._engine.abort(request_id) else None)
 
-    def load(self) -> EngineLoad:
+    def load(self) -> worker_pb2.EngineLoad:
         """What the engine holds now."""
         batcher = self._engine.batcher
-        return EngineLoad(
+        return worker_pb2.EngineLoad(
             num_running=batcher.num_running,
             num_waiting=batcher.num_waiting,
             num_free_blocks=batcher.num_free_blocks,

@@ -24,7 +24,7 @@ from janus_kernels.rotary import apply_rotary, rotary_tables
 from janus_scheduler.batching import SequencePlan, StepPlan
 from janus_scheduler.model_spec import ModelSpec
 from janus_server.attention.kv_cache import KvCache
-from janus_server.attention.weights import AttentionWeights, DenseFfnWeights, LayerWeights
+from janus_server.attention.weights import AttentionLayerWeights, AttentionWeights, DenseFfnWeights
 from janus_server.comm.base import DispatchHandle, ExpertPool
 
 
@@ -121,7 +121,7 @@ class AttentionRunner:
             lane.hidden_TH = lane.hidden_TH + mixed_TH.to(self._device, lane.hidden_TH.dtype)
             lane.handle = None
 
-    def _attention(self, layer: int, weights: LayerWeights, lane: _Lane) -> torch.Tensor:
+    def _attention(self, layer: int, weights: AttentionLayerWeights, lane: _Lane) -> torch.Tensor:
         spec = self._spec
         normed_TH = rms_norm(lane.hidden_TH, weights.attention_norm_H, spec.rms_norm_eps)
         qkv_TND = linear(normed_TH, weights.qkv, weights.qkv_bias).view(

@@ -25,8 +25,8 @@ class Logprobs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SampledToken:
-    """The outcome for one sequence."""
+class TokenChoice:
+    """The token chosen for one sequence."""
 
     token_id: int
     logprobs: Logprobs | None
@@ -39,7 +39,7 @@ def uniform(seed: int, position: int) -> float:
 
 def sample_tokens(
     logits_BV: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
-) -> list[SampledToken]:
+) -> list[TokenChoice]:
     """Choose one token for each row; `positions` are those the chosen tokens will take."""
     chosen_B = greedy(logits_BV)
     for row, (one, position) in enumerate(zip(params, positions, strict=True)):
@@ -54,7 +54,7 @@ def sample_tokens(
             chosen_B[row] = sample(probs, ids, uniform(one.seed, position))
     logprobs = _logprobs(logits_BV, chosen_B, params)
     return [
-        SampledToken(token_id=token_id, logprobs=logprobs.get(row))
+        TokenChoice(token_id=token_id, logprobs=logprobs.get(row))
         for row, token_id in enumerate(chosen_B.tolist())
     ]
 

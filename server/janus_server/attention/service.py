@@ -11,7 +11,7 @@ from janus_proto.v1 import inference_pb2, worker_pb2
 from janus_proto.v1.worker_pb2_grpc import AttentionWorkerServiceServicer
 from janus_scheduler.request import FinishReason, SamplingParams
 from janus_server.attention.engine import TokenOutput
-from janus_server.attention.engine_thread import EngineLoad, EngineThread, StepResult
+from janus_server.attention.engine_thread import EngineThread, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
             if output.finish_reason:
                 del self._outbox_of[output.request_id]
             message = messages.setdefault(
-                outbox, worker_pb2.RunResponse(step=result.step, load=_load(result.load))
+                outbox, worker_pb2.RunResponse(step=result.step, load=result.load)
             )
             message.outputs.append(output)
         for outbox, message in messages.items():
@@ -61,7 +61,7 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
         engine = await self._engine(context)
         # Bounded by the tokens of the requests that the endpoint admits.
         outbox: _Outbox = asyncio.Queue()
-        outbox.put_nowait(worker_pb2.RunResponse(load=_load(engine.load())))
+        outbox.put_nowait(worker_pb2.RunResponse(load=engine.load()))
         commands = asyncio.create_task(self._take_commands(engine, request_iterator, outbox))
         try:
             while not commands.done():
@@ -86,7 +86,7 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
     ) -> worker_pb2.GetEngineLoadResponse:
         """Report what the engine holds."""
         engine = await self._engine(context)
-        return worker_pb2.GetEngineLoadResponse(load=_load(engine.load()))
+        return worker_pb2.GetEngineLoadResponse(load=engine.load())
 
     async def _engine(self, context: grpc.aio.ServicerContext) -> EngineThread:  # type: ignore[type-arg]
         if self.engine is None:
@@ -107,9 +107,7 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
                 if submit.request_id in self._outbox_of:
                     logger.error("refused a second request with the id %s", submit.request_id)
                     ended = _ended_output(submit.request_id)
-                    outbox.put_nowait(
-                        worker_pb2.RunResponse(outputs=[ended], load=_load(engine.load()))
-                    )
+                    outbox.put_nowait(worker_pb2.RunResponse(outputs=[ended], load=engine.load()))
                     continue
                 self._outbox_of[submit.request_id] = outbox
                 engine.submit(submit.request_id, tuple(submit.prompt_ids), _params(submit.sampling))
@@ -148,15 +146,4 @@ def _sequence_output(output: TokenOutput) -> worker_pb2.SequenceOutput:
 def _ended_output(request_id: str) -> worker_pb2.SequenceOutput:
     return worker_pb2.SequenceOutput(
         request_id=request_id, finish_reason=_FINISH_REASONS[FinishReason.ABORT]
-    )
-
-
-def _load(load: EngineLoad) -> worker_pb2.EngineLoad:
-    return worker_pb2.EngineLoad(
-        num_running=load.num_running,
-        num_waiting=load.num_waiting,
-        num_free_blocks=load.num_free_blocks,
-        num_blocks=load.num_blocks,
-        num_preemptions=load.num_preemptions,
-        block_size=load.block_size,
     )

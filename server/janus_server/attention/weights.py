@@ -18,7 +18,7 @@ class DenseFfnWeights:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerWeights:
+class AttentionLayerWeights:
     """One layer. N query heads, M KV heads, D head dimension, H hidden."""
 
     attention_norm_H: torch.Tensor
@@ -40,7 +40,7 @@ class AttentionWeights:
     """All dense weights of a model. V vocabulary, H hidden."""
 
     embedding_VH: torch.Tensor
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[AttentionLayerWeights, ...]
     final_norm_H: torch.Tensor
     lm_head_VH: torch.Tensor
     """Packed."""
@@ -59,7 +59,7 @@ def load_attention_weights(reader: WeightReader) -> AttentionWeights:
     )
 
 
-def _load_layer(reader: WeightReader, layer: int) -> LayerWeights:
+def _load_layer(reader: WeightReader, layer: int) -> AttentionLayerWeights:
     names, spec = reader.checkpoint.family.names, reader.checkpoint.spec
 
     def named(name: str) -> str:
@@ -84,7 +84,7 @@ def _load_layer(reader: WeightReader, layer: int) -> LayerWeights:
             down_HF=pack_weight(reader.read(named(names.dense_down))),
         )
     biased = spec.attention_bias
-    return LayerWeights(
+    return AttentionLayerWeights(
         attention_norm_H=reader.read(named(names.attention_norm)),
         qkv=pack_weight(reader.read_rows(*projections)),
         qkv_bias=reader.read_rows(*map(names.bias, projections)) if biased else None,

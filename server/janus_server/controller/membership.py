@@ -58,7 +58,7 @@ class Member:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Epoch:
+class EpochPlan:
     """One fixed set of workers and one placement."""
 
     number: int
@@ -113,7 +113,7 @@ class Membership:
         self._placement = placement
         self._schedule = schedule
         self._members: dict[str, Member] = {}
-        self.epoch: Epoch | None = None
+        self.epoch: EpochPlan | None = None
         self.activity = ExpertActivity()
         self.version = 0
 
@@ -206,7 +206,7 @@ class Membership:
             self._pools.expert_workers,
         ):
             return
-        self.epoch = Epoch(
+        self.epoch = EpochPlan(
             number=number,
             attention_workers=tuple(attention),
             expert_workers=tuple(experts),

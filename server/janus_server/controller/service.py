@@ -14,7 +14,7 @@ from janus_proto.v1.control_pb2_grpc import ControlServiceServicer
 from janus_server.comm.epoch import costs_of, placement_message, scheduling_message
 from janus_server.controller.membership import (
     HEARTBEAT_INTERVAL_S,
-    Epoch,
+    EpochPlan,
     Member,
     Membership,
     RegistrationRefusedError,
@@ -162,7 +162,7 @@ class ControlService(ControlServiceServicer):
             ready=self._membership.is_ready(member),
         )
 
-    def _epoch(self, epoch: Epoch, workers: dict[str, control_pb2.Worker]) -> control_pb2.Epoch:
+    def _epoch(self, epoch: EpochPlan, workers: dict[str, control_pb2.Worker]) -> control_pb2.Epoch:
         return control_pb2.Epoch(
             number=epoch.number,
             attention_workers=[workers[m.worker_id] for m in epoch.attention_workers],

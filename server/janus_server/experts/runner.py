@@ -12,7 +12,7 @@ from janus_kernels.replica_table import Policy, ReplicaTable
 from janus_kernels.router_topk import router_topk
 from janus_scheduler.activation import Scheduling
 from janus_scheduler.model_spec import ModelSpec
-from janus_server.experts.weights import LayerWeights
+from janus_server.experts.weights import ExpertLayerWeights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class ExpertRunner:
     def __init__(
         self,
         spec: ModelSpec,
-        layers: Mapping[int, LayerWeights],
+        layers: Mapping[int, ExpertLayerWeights],
         *,
         worker: int,
         scheduling: Scheduling,

@@ -11,7 +11,7 @@ from janus_server.model.weights import WeightReader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerWeights:
+class ExpertLayerWeights:
     """One MoE layer. E logical experts, C expert slots, H hidden, F expert intermediate."""
 
     gate_EH: torch.Tensor
@@ -24,10 +24,12 @@ class LayerWeights:
     """Where each expert can be computed, on any worker."""
 
 
-def load_layers(reader: WeightReader, placement: Placement, worker: int) -> dict[int, LayerWeights]:
+def load_layers(
+    reader: WeightReader, placement: Placement, worker: int
+) -> dict[int, ExpertLayerWeights]:
     """Read the gates and the experts that `placement` gives to `worker`, and nothing else."""
     names, spec = reader.checkpoint.family.names, reader.checkpoint.spec
-    layers: dict[int, LayerWeights] = {}
+    layers: dict[int, ExpertLayerWeights] = {}
     for layer in spec.moe_layers:
         gate_up: list[torch.Tensor] = []
         down: list[torch.Tensor] = []
@@ -45,7 +47,7 @@ def load_layers(reader: WeightReader, placement: Placement, worker: int) -> dict
                 )
             )
             down.append(pack_weight(reader.read(names.expert_down.format(**where))))
-        layers[layer] = LayerWeights(
+        layers[layer] = ExpertLayerWeights(
             gate_EH=pack_weight(reader.read(names.gate.format(layer=layer))),
             gate_up_CHF=tuple(gate_up),
             down_CFH=tuple(down),

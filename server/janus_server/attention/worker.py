@@ -17,7 +17,8 @@ from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.comm.epoch import group_config
 from janus_server.comm.gloo import GlooExpertPool
 from janus_server.comm.gloo_group import join_group
-from janus_server.comm.lifecycle import WorkThread, run_until_stopped
+from janus_server.comm.lifecycle import run_until_stopped
+from janus_server.comm.work_thread import WorkThread
 from janus_server.grpc_server import start_server
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.cpu import use_cpu

@@ -11,7 +11,8 @@ from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.comm.epoch import costs_message, group_config, placement_of, scheduling_of
 from janus_server.comm.gloo import GlooAttentionPool
 from janus_server.comm.gloo_group import join_group
-from janus_server.comm.lifecycle import WorkThread, run_until_stopped
+from janus_server.comm.lifecycle import run_until_stopped
+from janus_server.comm.work_thread import WorkThread
 from janus_server.experts.calibration import measure_costs
 from janus_server.experts.config import ExpertConfig
 from janus_server.experts.runner import ExpertRunner

@@ -3,8 +3,8 @@ import threading
 
 import pytest
 
-from janus_server.comm import lifecycle
-from janus_server.comm.lifecycle import WorkThread
+from janus_server.comm import work_thread
+from janus_server.comm.work_thread import WorkThread
 from janus_server.errors import PeerLostError, StuckThreadError
 
 DEADLINE_S = 60
@@ -64,7 +64,7 @@ def test_work_that_cannot_be_ended_is_stuck(monkeypatch: pytest.MonkeyPatch) -> 
         told.set()
         await thread.result()
 
-    monkeypatch.setattr(lifecycle, "_ABANDON_GRACE_S", 0.01)
+    monkeypatch.setattr(work_thread, "_ABANDON_GRACE_S", 0.01)
     asyncio.run(check())
 
 

@@ -273,7 +273,9 @@ def _compare(
             "against_flow": at_flow and round(float(at_flow), 4),
             "against_none": round(float(a_max.sum() / none_a_max.sum()), 4),
             "us": round(_time_us(config, on_device, table, policy), 2),
-            "experts_read": round(float(np.mean([int(c.experts_W.sum()) for c in chosen])), 2),
+            "experts_read": round(
+                float(np.mean([int(c.counts.experts_W.sum()) for c in chosen])), 2
+            ),
         }
 
 
@@ -298,7 +300,7 @@ def _schedule(
 
 
 def _a_max(chosen: Sequence[ActivationSchedule]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.array([int(one.experts_W.max()) for one in chosen], dtype=np.int64)
+    return np.array([int(schedule.counts.a_max) for schedule in chosen], dtype=np.int64)
 
 
 def _time_us(

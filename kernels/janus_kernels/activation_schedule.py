@@ -16,6 +16,7 @@ import torch
 
 from janus_kernels.activation_schedule_cpu import schedule_into
 from janus_kernels.replica_table import Policy, ReplicaTable
+from janus_kernels.schedule_counts import ScheduleCounts, empty_counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,12 +25,8 @@ class ActivationSchedule:
 
     slots_TK: torch.Tensor
     """int32: the slot that computes each token-expert pair, numbered over all workers."""
-    counts: torch.Tensor
-    """int32 [W * C + W + 2]: the two below, a_max and a one, in one piece to be summed at once."""
-    tokens_WC: torch.Tensor
-    """Tokens of each slot."""
-    experts_W: torch.Tensor
-    """Distinct experts that each worker has to read."""
+    counts: ScheduleCounts
+    """int32: what the choice comes to."""
 
 
 def activation_schedule(
@@ -48,9 +45,8 @@ def activation_schedule(
     if not table.has_choice:
         policy = Policy.FIRST
     topk_ids_TK = topk_ids_TK.contiguous()
-    num_slots = table.num_workers * table.slots_per_worker
     slots_TK = torch.empty(topk_ids_TK.shape, dtype=torch.int32, device=topk_ids_TK.device)
-    counts = slots_TK.new_empty(num_slots + table.num_workers + 2)
+    counts = empty_counts(table)
     if topk_ids_TK.device.type == "cpu":
         schedule_into(
             int(policy),
@@ -61,16 +57,11 @@ def activation_schedule(
             *costs_ps,
             seed,
             slots_TK.numpy(),
-            counts.numpy(),
+            *counts.numpy_parts(),
         )
     else:
         # Comes with builds of torch for GPUs only.
         from janus_kernels.activation_schedule_triton import launch
 
         launch(topk_ids_TK, table, policy, costs_ps, seed, slots_TK, counts)
-    return ActivationSchedule(
-        slots_TK=slots_TK,
-        counts=counts,
-        tokens_WC=counts[:num_slots].view(table.num_workers, table.slots_per_worker),
-        experts_W=counts[num_slots:-2],
-    )
+    return ActivationSchedule(slots_TK=slots_TK, counts=counts)

@@ -43,19 +43,18 @@ def schedule_into(
     pair_ps: int,
     seed: int,
     slots_TK: Array,
-    counts: Array,
+    tokens_S: Array,
+    experts_W: Array,
+    a_max: Array,
+    num_batches: Array,
 ) -> None:
-    """Fill slots_TK and counts: tokens of each slot, activated experts of each worker, a_max, 1."""
-    num_tokens, top_k = ids_TK.shape
-    num_workers = (len(counts) - 2) // (slots_per_worker + 1)
-    num_slots = num_workers * slots_per_worker
+    """Fill slots_TK and the parts of `ScheduleCounts`."""
+    num_workers = len(experts_W)
     if policy in (_FIRST, _EPLB, _RANDOM):
         _deal_by_position(policy, ids_TK, slots_ER, num_replicas_E, seed, slots_TK)
     else:
-        tokens_E = np.zeros(len(slots_ER), np.int64)
-        for token in range(num_tokens):
-            for k in range(top_k):
-                tokens_E[ids_TK[token, k]] += 1
+        tokens_E = np.empty(len(slots_ER), np.int64)
+        _count(ids_TK, tokens_E)
         workers_ER = np.empty(slots_ER.shape, np.int64)
         for expert in range(len(slots_ER)):
             for index in range(slots_ER.shape[1]):
@@ -64,14 +63,21 @@ def schedule_into(
         costs = (expert_ps, pair_ps)
         _share(policy, tokens_E, workers_ER, num_replicas_E, num_workers, costs, shares_ER)
         _deal(ids_TK, tokens_E, shares_ER, slots_ER, slots_TK)
-    for count in range(len(counts)):
-        counts[count] = 0
-    for token in range(num_tokens):
-        for k in range(top_k):
-            counts[slots_TK[token, k]] += 1
-    for slot in range(num_slots):
-        counts[num_slots + slot // slots_per_worker] += counts[slot] > 0
-    counts[-2], counts[-1] = _most(counts[num_slots:-2]), 1
+    _count(slots_TK, tokens_S)
+    for worker in range(num_workers):
+        experts_W[worker] = 0
+        for slot in range(worker * slots_per_worker, (worker + 1) * slots_per_worker):
+            experts_W[worker] += tokens_S[slot] > 0
+    a_max[0], num_batches[0] = _most(experts_W), 1
+
+
+@_compiled
+def _count(values_TK: Array, counts: Array) -> None:
+    """Fill counts with how often each value occurs."""
+    counts[:] = 0
+    for token in range(values_TK.shape[0]):
+        for k in range(values_TK.shape[1]):
+            counts[values_TK[token, k]] += 1
 
 
 @_compiled

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from janus_kernels.replica_choice_triton import WHOLE_SHARE, augment, greedy, split
 from janus_kernels.replica_table import GOLDEN, Policy, ReplicaTable
+from janus_kernels.schedule_counts import ScheduleCounts
 
 _MAX_BLOCK = 4096
 _GOLDEN = tl.constexpr(GOLDEN)
@@ -34,14 +35,25 @@ def _mix(pair, seed):
 
 
 @triton.jit
-def _count_tokens(ids_ptr, num_pairs, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens of each expert."""
+def _count_tokens(
+    ids_ptr, num_pairs, tokens_ptr, experts_E, in_E, E_PAD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write and return the tokens of each expert."""
     tokens_E = tl.zeros([E_PAD], tl.int32)
     for start in range(0, num_pairs, BLOCK):
         pairs = start + tl.arange(0, BLOCK)
         ids = tl.load(ids_ptr + pairs, pairs < num_pairs, other=0).to(tl.int32)
         tokens_E += tl.histogram(ids, E_PAD, mask=pairs < num_pairs)
+    tl.store(tokens_ptr + experts_E, tokens_E, in_E)
     return tokens_E
+
+
+@triton.jit
+def _give_all_to_the_first(upper_ptr, experts_E, in_E, R: tl.constexpr):
+    """Upper bounds of the shares as they are where nothing is split."""
+    for replica in tl.static_range(R):
+        tl.store(upper_ptr + experts_E * R + replica, WHOLE_SHARE, in_E)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -59,7 +71,7 @@ def _rewrite(
     chosen_ptr,
     upper_ptr,
     out_slots_ptr,
-    counts_ptr,
+    slot_tokens_ptr,
     num_pairs,
     seed,
     use_split,
@@ -96,21 +108,30 @@ def _rewrite(
         tl.store(out_slots_ptr + pairs, slots, mask)
         tokens_S += tl.histogram(slots, S_PAD, mask=mask)
     slots_S = tl.arange(0, S_PAD)
-    tl.store(counts_ptr + slots_S, tokens_S, slots_S < S)
+    tl.store(slot_tokens_ptr + slots_S, tokens_S, slots_S < S)
 
 
 @triton.jit
-def _count_experts(counts_ptr, workers_W, W: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr):
-    """Write the activated experts of each worker, a_max and a one after the tokens of the slots."""
+def _count_experts(
+    slot_tokens_ptr,
+    worker_experts_ptr,
+    a_max_ptr,
+    num_batches_ptr,
+    workers_W,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    C_PAD: tl.constexpr,
+):
+    """Write the rest of `ScheduleCounts` from the tokens of the slots."""
     tl.debug_barrier()
     columns_C = tl.arange(0, C_PAD)
     in_WC = (workers_W[:, None] < W) & (columns_C[None, :] < C)
     offsets_WC = workers_W[:, None] * C + columns_C[None, :]
-    read_WC = tl.load(counts_ptr + offsets_WC, in_WC, other=0) > 0
+    read_WC = tl.load(slot_tokens_ptr + offsets_WC, in_WC, other=0) > 0
     experts_W = tl.sum(read_WC.to(tl.int32), axis=1)
-    tl.store(counts_ptr + W * C + workers_W, experts_W, workers_W < W)
-    tl.store(counts_ptr + W * C + W, tl.max(experts_W, axis=0))
-    tl.store(counts_ptr + W * C + W + 1, 1)
+    tl.store(worker_experts_ptr + workers_W, experts_W, workers_W < W)
+    tl.store(a_max_ptr, tl.max(experts_W, axis=0))
+    tl.store(num_batches_ptr, 1)
 
 
 # Numbers that change from layer to layer or step to step must not each compile a kernel.
@@ -124,7 +145,10 @@ def _schedule_kernel(
     hosts_ptr,  # int64 [E]
     scratch_ptr,  # int32 [E + E + E * R + E * W]
     out_slots_ptr,  # int32 [P]
-    counts_ptr,  # int32 [W * C + W + 2]
+    slot_tokens_ptr,  # int32 [W * C], and the rest of `ScheduleCounts`:
+    worker_experts_ptr,  # int32 [W]
+    a_max_ptr,  # int32 [1]
+    num_batches_ptr,  # int32 [1]
     num_pairs,
     num_replicated,
     expert_ps,
@@ -153,8 +177,7 @@ def _schedule_kernel(
     WHOLE: tl.constexpr = COUNTS & (POLICY != _TOKEN)
     use_split = POLICY == _TOKEN
     if COUNTS:
-        tokens_E = _count_tokens(ids_ptr, num_pairs, E_PAD, BLOCK)
-        tl.store(tokens_ptr + experts_E, tokens_E, in_E)
+        tokens_E = _count_tokens(ids_ptr, num_pairs, tokens_ptr, experts_E, in_E, E_PAD, BLOCK)
         num_replicas_E = tl.load(num_replicas_ptr + experts_E, in_E, other=1)
         home_E = tl.load(slots_ptr + experts_E * R, in_E, other=0) // C
         forced_E = (tokens_E > 0) & (num_replicas_E == 1)
@@ -194,9 +217,7 @@ def _schedule_kernel(
             tries_split = pair_ps * tl.max(tokens_W, axis=0) > expert_ps
             use_split = tries_split
         if tries_split:
-            for replica in tl.static_range(R):
-                tl.store(upper_ptr + experts_E * R + replica, WHOLE_SHARE, in_E)
-            tl.debug_barrier()
+            _give_all_to_the_first(upper_ptr, experts_E, in_E, R)
             split_tokens_W, split_experts_W = split(
                 tokens_ptr,
                 shares_ptr,
@@ -220,7 +241,7 @@ def _schedule_kernel(
         chosen_ptr,
         upper_ptr,
         out_slots_ptr,
-        counts_ptr,
+        slot_tokens_ptr,
         num_pairs,
         seed,
         use_split,
@@ -232,7 +253,9 @@ def _schedule_kernel(
         S_PAD,
         BLOCK,
     )
-    _count_experts(counts_ptr, workers_W, W, C, C_PAD)
+    _count_experts(
+        slot_tokens_ptr, worker_experts_ptr, a_max_ptr, num_batches_ptr, workers_W, W, C, C_PAD
+    )
 
 
 def constants(
@@ -265,7 +288,7 @@ def launch(
     costs_ps: tuple[int, int],
     seed: int,
     slots_TK: torch.Tensor,
-    counts: torch.Tensor,
+    counts: ScheduleCounts,
 ) -> None:
     """Fill slots_TK and counts, as `ActivationSchedule` has them, for topk_ids_TK (contiguous)."""
     num_tokens, top_k = topk_ids_TK.shape
@@ -284,7 +307,10 @@ def launch(
         table.hosts_E,
         scratch,
         slots_TK,
-        counts,
+        counts.tokens_WC,
+        counts.experts_W,
+        counts.a_max,
+        counts.num_batches,
         num_tokens * top_k,
         table.replicated_N.numel(),
         *costs_ps,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from janus_kernels.activation_schedule import activation_schedule
 from janus_kernels.replica_table import Policy, ReplicaTable, replica_table
+from janus_kernels.schedule_counts import empty_counts
 from janus_scheduler.activation import POLICIES, ActivationCosts, schedule
 from janus_scheduler.placement import LayerReplicas
 from tests.fakes.routing import layer_replicas, replicas, skewed_ids
@@ -42,11 +43,11 @@ def test_worked_by_hand() -> None:
     ids_TK = torch.tensor([[0, 1]])
     exact = activation_schedule(ids_TK, table, Policy.EXACT)
     assert exact.slots_TK.tolist() == [[0, 3]]
-    assert exact.tokens_WC.tolist() == [[1, 0], [0, 1]]
-    assert exact.experts_W.tolist() == [1, 1]
-    assert exact.counts.tolist() == [1, 0, 0, 1, 1, 1, 1, 1]
+    assert exact.counts.tokens_WC.tolist() == [[1, 0], [0, 1]]
+    assert exact.counts.experts_W.tolist() == [1, 1]
+    assert (int(exact.counts.a_max), int(exact.counts.num_batches)) == (1, 1)
     first = activation_schedule(ids_TK, table, Policy.FIRST)
-    assert first.tokens_WC.tolist() == [[1, 1], [0, 0]]
+    assert first.counts.tokens_WC.tolist() == [[1, 1], [0, 0]]
 
 
 def test_bad_tables_are_refused() -> None:
@@ -70,9 +71,9 @@ def assert_as_the_oracle(
             seed=7,
         )
         assert (ours.slots_TK.cpu().numpy() == expected.slots_TK).all(), policy
-        assert (ours.tokens_WC.cpu().numpy() == expected.tokens_WC).all(), policy
-        assert (ours.experts_W.cpu().numpy() == expected.experts_W).all(), policy
-        assert ours.counts[-2:].tolist() == [expected.a_max, 1]
+        assert (ours.counts.tokens_WC.cpu().numpy() == expected.tokens_WC).all(), policy
+        assert (ours.counts.experts_W.cpu().numpy() == expected.experts_W).all(), policy
+        assert (int(ours.counts.a_max), int(ours.counts.num_batches)) == (expected.a_max, 1)
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
@@ -111,7 +112,8 @@ def interpreted_cases() -> list[tuple[LayerReplicas, np.ndarray]]:
 
 def test_the_triton_kernel_in_the_interpreter() -> None:
     """In a process of its own: the interpreter replaces what the offline compilation needs."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     subprocess.run([sys.executable, __file__, "interpret"], env=environment, check=True, timeout=90)
 
 
@@ -125,18 +127,15 @@ def interpret() -> None:
         for policy in Policy:
             for costs_ps in ((30, 2), (1, 9)) if policy is Policy.AUTO else ((1, 1),):
                 expected = activation_schedule(ids, table, policy, costs_ps=costs_ps, seed=9)
-                slots_TK, counts = (
-                    torch.zeros_like(expected.slots_TK),
-                    torch.zeros_like(expected.counts),
-                )
+                slots_TK, counts = torch.zeros_like(expected.slots_TK), empty_counts(table)
                 launch(ids, table, policy, costs_ps, 9, slots_TK, counts)
                 assert torch.equal(slots_TK, expected.slots_TK), policy
-                assert torch.equal(counts, expected.counts), policy
+                assert torch.equal(counts.packed, expected.counts.packed), policy
         a_max = [
-            activation_schedule(ids, table, policy).counts[-2]
+            int(activation_schedule(ids, table, policy).counts.a_max)
             for policy in (Policy.AEBS, Policy.EXACT)
         ]
-        paths += int(a_max[1] < a_max[0])
+        paths += a_max[1] < a_max[0]
     assert paths, "no case needs an augmenting path"
 
 
@@ -171,7 +170,10 @@ ARGUMENTS = [
     ("hosts_ptr", "i64"),
     ("scratch_ptr", "i32"),
     ("out_slots_ptr", "i32"),
-    ("counts_ptr", "i32"),
+    ("slot_tokens_ptr", "i32"),
+    ("worker_experts_ptr", "i32"),
+    ("a_max_ptr", "i32"),
+    ("num_batches_ptr", "i32"),
     ("num_pairs", "i32"),
     ("num_replicated", "i32"),
     ("expert_ps", "i64"),

@@ -8,8 +8,9 @@ import torch
 from janus_kernels.activation_schedule import ActivationSchedule, activation_schedule
 from janus_kernels.grouped_gemm import expert_ffn
 from janus_kernels.linear import linear
-from janus_kernels.replica_table import Policy, ReplicaTable
+from janus_kernels.replica_table import Policy
 from janus_kernels.router_topk import router_topk
+from janus_kernels.schedule_counts import zero_counts
 from janus_scheduler.activation import Scheduling
 from janus_scheduler.model_spec import ModelSpec
 from janus_server.experts.weights import ExpertLayerWeights
@@ -52,7 +53,7 @@ class ExpertRunner:
         self._policy = Policy[scheduling.policy.upper()]
         self._costs_ps = (scheduling.costs.expert_ps, scheduling.costs.pair_ps)
         # One addition a layer and step, without a word to the host.
-        self._sums = {layer: _zero_sums(weights.replicas) for layer, weights in layers.items()}
+        self._sums = {layer: zero_counts(weights.replicas) for layer, weights in layers.items()}
         for layer, weights in list(layers.items())[:1]:
             # Compiled now rather than while the first request waits.
             ids_TK = torch.arange(spec.top_k, device=weights.replicas.slots_ER.device)[None]
@@ -67,12 +68,12 @@ class ExpertRunner:
             normalize=self._spec.norm_topk_prob,
         )
         schedule = self._schedule(layer, topk_ids_TK)
-        self._sums[layer] += schedule.counts
+        self._sums[layer].add(schedule.counts)
         return expert_ffn(
             hidden_TH,
             schedule.slots_TK,
             topk_weights_TK,
-            schedule.tokens_WC[self._worker],
+            schedule.counts.tokens_WC[self._worker],
             weights.gate_up_CHF,
             weights.down_CFH,
             first_slot=self._worker * weights.replicas.slots_per_worker,
@@ -95,21 +96,14 @@ class ExpertRunner:
 
     def _layer_counts(self, layer: int) -> LayerCounts:
         table = self._layers[layer].replicas
-        num_slots = table.num_workers * table.slots_per_worker
-        # A copy, as steps go on adding.
-        sums = self._sums[layer].to("cpu", copy=True)
-        tokens_S, (sum_a_max, num_steps) = sums[:num_slots], sums[-2:].tolist()
+        sums = self._sums[layer].copy_to_cpu()  # steps go on adding
+        tokens_S = sums.tokens_WC.flatten()
         slots_ER = table.slots_ER.to("cpu", torch.int64)
         tokens_ER = torch.where(slots_ER >= 0, tokens_S[slots_ER.clamp(min=0)], 0)
         return LayerCounts(
-            num_steps=num_steps,
-            sum_a_max=sum_a_max,
-            experts_W=sums[num_slots:-2].tolist(),
-            tokens_W=tokens_S.view(table.num_workers, -1).sum(dim=1).tolist(),
+            num_steps=int(sums.num_batches),
+            sum_a_max=int(sums.a_max),
+            experts_W=sums.experts_W.tolist(),
+            tokens_W=sums.tokens_WC.sum(dim=1).tolist(),
             tokens_E=tokens_ER.sum(dim=1).tolist(),
         )
-
-
-def _zero_sums(table: ReplicaTable) -> torch.Tensor:
-    num_counts = table.num_workers * (table.slots_per_worker + 1) + 2
-    return torch.zeros(num_counts, dtype=torch.int64, device=table.slots_ER.device)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
 
 import grpc.aio
 import uvloop
@@ -20,6 +20,7 @@ from rich.text import Text
 from janus_proto.v1 import control_pb2, inference_pb2
 from janus_proto.v1.control_pb2_grpc import ControlServiceStub
 from janus_proto.v1.inference_pb2_grpc import InferenceServiceStub
+from janus_server.bounds import Between
 from janus_server.cluster import running_cluster
 from janus_server.cluster_plan import check_config
 from janus_server.command_line import parse
@@ -27,6 +28,7 @@ from janus_server.config import ServeConfig
 from janus_server.controller.config import PoolConfig
 from janus_server.controller.membership import HEARTBEAT_INTERVAL_S
 from janus_server.endpoint.config import AdmissionConfig
+from janus_server.endpoint.validation import MAX_TEMPERATURE
 from janus_server.errors import JanusError, UnavailableError
 from janus_server.grpc_server import channel_options
 from janus_server.launch import describe_worker, startup_progress
@@ -58,19 +60,19 @@ class DemoConfig:
     checkpoint: str = str(DEMO_CHECKPOINT)
     """Model folder to serve instead."""
 
-    attention_workers: int = 1
+    attention_workers: Annotated[int, Between(1, 1024)] = 1
     """Attention workers."""
 
-    expert_workers: int = 2
+    expert_workers: Annotated[int, Between(1, 1024)] = 2
     """Expert workers."""
 
-    max_tokens: int = 96
+    max_tokens: Annotated[int, Between(1, 2**31 - 1)] = 96
     """Tokens to generate for each prompt."""
 
-    temperature: float = 0.8
+    temperature: Annotated[float, Between(0, MAX_TEMPERATURE)] = 0.8
     """0 takes the most likely token."""
 
-    seed: int = 0
+    seed: Annotated[int, Between(0, 2**62)] = 0
     """Of the first prompt; the others count up from it."""
 
 

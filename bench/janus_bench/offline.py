@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -22,6 +22,8 @@ from rich.table import Table
 from janus_bench.checkpoints import BENCH_MODEL, write_random_checkpoint
 from janus_bench.contenders import Contender, ContenderConfig, Timing
 from janus_bench.report import RESULTS, environment, write_result
+from janus_server.bounds import Between, Threads
+from janus_server.comm.config import MAX_LANES
 from janus_server.command_line import parse
 from janus_server.model.checkpoint import Checkpoint
 
@@ -39,25 +41,25 @@ class OfflineConfig:
     dtypes: tuple[str, ...] = ("bf16", "fp32")
     """Number formats to measure."""
 
-    batches: tuple[int, ...] = (1, 8, 32)
+    batches: Annotated[tuple[int, ...], Between(1, 2**16)] = (1, 8, 32)
     """Requests at once."""
 
-    prompt_tokens: int = 128
+    prompt_tokens: Annotated[int, Between(1, 2**20)] = 128
     """Tokens of each prompt."""
 
-    new_tokens: int = 64
+    new_tokens: Annotated[int, Between(1, 2**20)] = 64
     """Tokens generated for each."""
 
-    rounds: int = 3
+    rounds: Annotated[int, Between(1, 1000)] = 3
     """Times each batch is measured, after one warm-up."""
 
-    threads: int = 2
+    threads: Threads = 2
     """CPU threads of each contender; the two processes of gloo share them."""
 
     experts_implementations: tuple[str, ...] = ("grouped_mm", "eager")
     """Of transformers; each is a contender. An empty tuple leaves transformers out."""
 
-    lanes: tuple[int, ...] = (1, 2)
+    lanes: Annotated[tuple[int, ...], Between(1, MAX_LANES)] = (1, 2)
     """Micro-batches of a step over gloo; each number is a contender."""
 
     output: str = ""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from rich.console import Console
@@ -14,6 +14,7 @@ from janus_bench.routing_traces import RoutingSample, read_routing
 from janus_scheduler.placement import Placement
 from janus_scheduler.placement_policies import PLACEMENT_POLICIES, PlacementPolicy, place
 from janus_scheduler.routing import ExpectedLoad, expected_load, expert_counts, sample_batches
+from janus_server.bounds import Between
 from janus_server.command_line import parse
 from janus_server.controller.placement import write_placement
 from janus_server.errors import ConfigError
@@ -33,31 +34,31 @@ class PlacementConfig:
     trace: str
     """Routing trace (.npz), as `python -m janus_bench.record_routing` writes it."""
 
-    workers: int
+    workers: Annotated[int, Between(1, 1024)]
     """Expert workers."""
 
-    slots: int
+    slots: Annotated[int, Between(1, 2**16)]
     """Expert slots of each worker and layer."""
 
     policy: Literal["search", "coactivation", "eplb", "round_robin", "all"] = "search"
     """How to place; all: compare them."""
 
-    batch: int = 64
+    batch: Annotated[int, Between(1, 2**20)] = 64
     """Tokens of a decode batch, over all requests, for which a_max is expected and searched."""
 
-    samples: int = 200
+    samples: Annotated[int, Between(1, 2**20)] = 200
     """Batches drawn to judge a layer."""
 
-    nodes: int = 1
+    nodes: Annotated[int, Between(1, 1024)] = 1
     """Nodes of the workers, for eplb over groups of experts."""
 
-    groups: int = 1
+    groups: Annotated[int, Between(1, 2**16)] = 1
     """Expert groups of the model, for eplb over nodes."""
 
-    effort: int = 1000
+    effort: Annotated[int, Between(0, 2**31)] = 1000
     """Changes that search tries for each layer."""
 
-    seed: int = 0
+    seed: Annotated[int, Between(0, 2**62)] = 0
     """Of search."""
 
     output: str = ""
@@ -93,12 +94,6 @@ def command(argv: Sequence[str]) -> int:
 
 
 def _check(config: PlacementConfig) -> None:
-    for name in ("workers", "slots", "batch", "samples", "nodes", "groups"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("effort", "seed"):
-        if getattr(config, name) < 0:
-            raise ConfigError(f"--{name} cannot be negative: {getattr(config, name)}")
     for name in ("output", "plot"):
         check_folder(name, getattr(config, name))
     if config.plot and Path(config.plot).suffix.lower() not in (".png", ".svg"):

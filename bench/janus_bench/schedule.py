@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from janus_scheduler.placement_policies import (
     place,
     place_without_replicas,
 )
+from janus_server.bounds import Between
 from janus_server.command_line import parse
 from janus_server.controller.config import ScheduleConfig
 from janus_server.controller.membership import given_costs
@@ -100,34 +101,34 @@ class ScheduleBenchConfig:
     """Models: deepseek-v2, qwen3-235b and deepseek-v3 with made-up routing; demo and moe64, as
     recorded."""
 
-    batches: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096)
+    batches: Annotated[tuple[int, ...], Between(1, 2**20)] = (1, 4, 16, 64, 256, 1024, 4096)
     """Tokens of a batch."""
 
-    workers: tuple[int, ...] = (4, 6, 8, 16, 32)
+    workers: Annotated[tuple[int, ...], Between(1, 1024)] = (4, 6, 8, 16, 32)
     """Expert workers."""
 
-    slots: tuple[float, ...] = (1.0, 1.125, 1.25, 1.5)
+    slots: Annotated[tuple[float, ...], Between(1, 1024)] = (1.0, 1.125, 1.25, 1.5)
     """Expert slots of all workers against experts; rounded up to whole slots a worker."""
 
     placement: PlacementPolicy = "search"
     """How experts are placed."""
 
-    samples: int = 100
+    samples: Annotated[int, Between(1, 2**20)] = 100
     """Batches drawn for each row, fewer of the large ones."""
 
-    proven: int = 2
+    proven: Annotated[int, Between(0, 2**20)] = 2
     """Of those, how many are compared with the optimum by maximum flow as well."""
 
     device: str = "cpu"
     """cpu or cuda: what is timed; a_max is the same."""
 
-    expert_us: float = 10.0
+    expert_us: Annotated[float, Between(0, 1e6)] = 10.0
     """Of auto: time to read one more expert, about that of a DeepSeek-V2 expert on an H200."""
 
-    pair_us: float = 0.1
+    pair_us: Annotated[float, Between(0, 1e6)] = 0.1
     """Of auto: time to compute one more token-expert pair, alike."""
 
-    seed: int = 0
+    seed: Annotated[int, Between(0, 2**62)] = 0
     """Of everything drawn."""
 
     output: str = ""
@@ -183,12 +184,6 @@ def _check(config: ScheduleBenchConfig) -> None:
         raise ConfigError(f"there is no shape {min(unknown)!r}; there are: {', '.join(SHAPES)}")
     if not (config.shapes and config.batches and config.workers and config.slots):
         raise ConfigError("--shapes, --batches, --workers and --slots each need a value")
-    if min(*config.batches, *config.workers, config.samples) < 1:
-        raise ConfigError("--batches, --workers and --samples must be at least 1")
-    if config.proven < 0 or config.seed < 0:
-        raise ConfigError("--proven and --seed cannot be negative")
-    if not all(1 <= slots <= 1024 for slots in config.slots):
-        raise ConfigError("--slots must be between 1 and 1024 times the experts")
     given_costs(ScheduleConfig(expert_us=config.expert_us, pair_us=config.pair_us))
     check_folder("output", config.output)
     if config.device not in ("cpu", "cuda"):

@@ -2,21 +2,23 @@
 
 Nested dataclasses are flattened: a field `max_context` anywhere below the root is the flag
 `--max-context` and the TOML key `max_context`. What the command line says wins over the file.
-Invariant: `parse(cls, to_argv(config)) == config`.
+Invariant: `parse(cls, to_argv(config)) == config` for a config whose numbers are within bounds.
 """
 
 import dataclasses
-import difflib
 import inspect
+import re
 import textwrap
-import tomllib
 import typing
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import tyro
 
+from janus_server.bounds import Between
+from janus_server.config_file import element_type, read_config_file
 from janus_server.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
@@ -24,16 +26,12 @@ ConfigT = TypeVar("ConfigT")
 POSITIONAL_FIELDS = ("checkpoint", "prompt")
 """Fields given by position on a command line rather than by a flag."""
 
-MIN_WAIT_S = 0.001
-"""Shortest deadline that can be asked for, in seconds; clocks below count in milliseconds."""
-MAX_WAIT_S = 86_400
-"""Longest deadline that can be asked for, in seconds: a day."""
-
 _CONFIG_NOTE = (
     "With --config FILE.toml, flags are read from a TOML file, where the flag --max-context is "
     "the key max_context. A flag on the command line wins over the file."
 )
 _HELP_WIDTH = 78
+_FLAG = re.compile("-(-|[a-zA-Z])")
 
 
 class Command(Protocol):
@@ -48,65 +46,63 @@ def parse(cls: type[ConfigT], argv: Sequence[str], *, prog: str) -> ConfigT:
     """Build `cls` from flags, over the keys of the TOML file named by `--config`.
 
     Prints help or one complaint and raises SystemExit where the flags are wrong; raises ConfigError
-    where the file cannot be used.
+    where the file cannot be used or a number is out of its bounds.
     """
+    kinds = dict(_leaf_types(cls))
     paths, argv = _split_off_config_files(argv)
     table: dict[str, Any] = {}
     for path in paths:
-        table |= _read_toml(path, cls)
-    positional = {key: value for key, value in table.items() if key in POSITIONAL_FIELDS}
+        table |= read_config_file(path, kinds)
+    tuples, argv = _split_off_tuples(kinds, argv)
+    table |= tuples
+    # A default, unlike an argument, makes room for the one on the command line.
+    defaults = {
+        key: _elements(key, element_type(kinds[key]), value) if isinstance(value, list) else value
+        for key, value in table.items()
+        if key in POSITIONAL_FIELDS or isinstance(value, list)
+    }
     flags = [
         argument
         for key, value in table.items()
-        if key not in POSITIONAL_FIELDS
+        if key not in defaults
         for argument in _flag(key, value)
     ]
-    # A default, unlike an argument, makes room for the one on the command line.
-    default: Any = _with_defaults(cls, positional) if positional else None
+    default: Any = _with_defaults(cls, defaults) if defaults else None
     config: ConfigT = tyro.cli(
         cls,
         args=[*flags, *argv],
         prog=prog,
         description=_description(cls),
         default=default,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.OmitArgPrefixes,),
     )
+    _check_numbers(config)
     return config
 
 
 def to_argv(config: Any) -> list[str]:
-    """Write a config as the command line that `parse` reads back."""
+    """Write a config as the command line that `parse` reads back; flags may follow it."""
     positional: list[str] = []
     flags: list[str] = []
     for name, value in _leaves(config):
         if name not in POSITIONAL_FIELDS:
             flags += _flag(name, value)
-        elif value is not None:
-            positional.append(str(value))
+        else:
+            positional.append(value)
     if any(value.startswith("-") for value in positional):
-        positional.insert(0, "--")
-    return flags + positional
-
-
-def check_number(flag: str, value: float, *, low: float, high: float) -> None:
-    """Refuse a number that is not from `low` to `high`, nan included; raises ConfigError."""
-    if not value >= low:
-        raise ConfigError(f"--{flag} must be at least {low}, not {value}")
-    if value > high:
-        raise ConfigError(f"--{flag} must be at most {high}, not {value}")
-
-
-def check_wait(flag: str, value_s: float, *, low_s: float = MIN_WAIT_S) -> None:
-    """Refuse a number of seconds that no clock can wait for; raises ConfigError."""
-    check_number(flag, value_s, low=low_s, high=MAX_WAIT_S)
+        return [*flags, "--", *positional]
+    # A flag of an empty tuple would take what follows it.
+    return [*positional, *flags]
 
 
 def _flag(name: str, value: Any) -> list[str]:
-    flag = "--" + name.replace("_", "-")
-    if value is None or value is False:
-        return []
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, tuple):
+        return [f"--{flag}={element}" for element in value] or [f"--{flag}"]
     # One argument, so that a value may begin with a dash.
-    return [flag] if value is True else [f"{flag}={value}"]
+    return [f"--{flag}={value}"]
 
 
 def _leaves(config: Any) -> Iterator[tuple[str, Any]]:
@@ -169,24 +165,48 @@ def _split_off_config_files(argv: Sequence[str]) -> tuple[list[Path], list[str]]
     return paths, rest
 
 
-def _read_toml(path: Path, cls: type[Any]) -> dict[str, Any]:
+def _split_off_tuples(
+    kinds: Mapping[str, Any], argv: Sequence[str]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Split off the fields of many values: `--stop a b`, or `--stop=a --stop=b`; alone: none.
+
+    tyro would keep the last such flag only, and takes no value after the first for a value that
+    begins with a dash.
+    """
+    found: dict[str, list[str]] = {}
+    rest: list[str] = []
+    arguments = deque(argv)
+    while arguments:
+        argument = arguments.popleft()
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if argument == "--":
+            rest += [argument, *arguments]
+            break
+        if not (flag.startswith("--") and element_type(kinds.get(name))):
+            rest.append(argument)
+            continue
+        values = found.setdefault(name, [])
+        if equals:
+            values.append(value)
+        while not equals and arguments and not _FLAG.match(arguments[0]):
+            values.append(arguments.popleft())
+    return found, rest
+
+
+def _elements(name: str, element: type, values: Sequence[Any]) -> tuple[Any, ...]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # tomllib lets more through than its own error
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    types = dict(_leaf_types(cls))
-    for key, value in table.items():
-        if key not in types:
-            close = difflib.get_close_matches(key, types, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"{path}: there is no key {key}{hint}")
-        if isinstance(value, dict | list):
-            raise ConfigError(f"{path}: the key {key} must be a plain value, not a table or list")
-        if isinstance(value, bool) != (types[key] is bool):
-            must = "must be true or false" if types[key] is bool else "cannot be true or false"
-            raise ConfigError(f"{path}: the key {key} {must}")
-        if key in POSITIONAL_FIELDS and not isinstance(value, str):
-            raise ConfigError(f"{path}: the key {key} must be a string")
-    return table
+        return tuple(element(value) for value in values)
+    except (ValueError, OverflowError):
+        flag = name.replace("_", "-")
+        raise ConfigError(f"--{flag} must be numbers, not {' '.join(map(str, values))}") from None
+
+
+def _check_numbers(config: Any) -> None:
+    for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            _check_numbers(value)
+        for bounds in getattr(kind, "__metadata__", ()):
+            if isinstance(bounds, Between):
+                bounds.check(name.replace("_", "-"), value)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from janus_server.attention.config import EngineConfig
+from janus_server.bounds import Threads
 from janus_server.comm.config import CommConfig
 from janus_server.controller.config import PoolConfig, ScheduleConfig
 from janus_server.endpoint.config import AdmissionConfig
@@ -31,7 +32,7 @@ class ServeConfig:
     """How activations travel: gloo between worker processes, or local: attention and all expert
     workers inside one process."""
 
-    threads: int = 1
+    threads: Threads = 1
     """CPU threads of each worker process."""
 
     log_level: LogLevel = "warning"

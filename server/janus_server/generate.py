@@ -12,7 +12,9 @@ import tyro
 
 from janus_proto.v1 import inference_pb2
 from janus_proto.v1.inference_pb2_grpc import InferenceServiceStub
-from janus_server.command_line import check_wait, parse
+from janus_server.bounds import Between, Seconds
+from janus_server.command_line import parse
+from janus_server.endpoint.validation import MAX_LOGPROBS, MAX_SEED, MAX_TEMPERATURE
 from janus_server.errors import ConfigError, InvalidRequestError, UnavailableError
 from janus_server.grpc_server import MAX_MESSAGE_BYTES, channel_options, split_address
 
@@ -25,7 +27,7 @@ class GenerateConfig:
     text, token_ids, finish_reason, usage, and logprobs where asked for.
     """
 
-    prompt: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = None
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = ""
     """Text to continue; - reads it from standard input."""
 
     endpoint: str = "127.0.0.1:50051"
@@ -34,37 +36,37 @@ class GenerateConfig:
     prompt_ids: str = ""
     """Token ids to continue instead of a text: 12,7,99."""
 
-    max_tokens: int = 128
+    max_tokens: Annotated[int, Between(1, 2**31 - 1)] = 128
     """Tokens to generate at most."""
 
-    temperature: float = 1.0
+    temperature: Annotated[float, Between(0, MAX_TEMPERATURE)] = 1.0
     """0 takes the most likely token each time; higher is more random."""
 
-    top_k: int = 0
+    top_k: Annotated[int, Between(0, 2**31 - 1)] = 0
     """Choose among the k most likely tokens; 0: all."""
 
-    top_p: float = 1.0
+    top_p: Annotated[float, Between(0, 1)] = 1.0
     """Choose among the most likely tokens that together reach this probability."""
 
-    min_p: float = 0.0
+    min_p: Annotated[float, Between(0, 1)] = 0.0
     """Leave out tokens less likely than this share of the most likely one."""
 
-    seed: int | None = None
+    seed: Annotated[int | None, Between(0, MAX_SEED)] = None
     """The same seed and prompt give the same text; none: random."""
 
     stop: tuple[str, ...] = ()
     """End before the first of these strings."""
 
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Annotated[tuple[int, ...], Between(0, 2**32 - 1)] = ()
     """End after the first of these token ids."""
 
     ignore_eos: bool = False
     """Go on past the model's own end of text."""
 
-    logprobs: int | None = None
+    logprobs: Annotated[int | None, Between(0, MAX_LOGPROBS)] = None
     """With --json: log-probabilities of each token and of so many most likely ones."""
 
-    timeout_s: float = 600.0
+    timeout_s: Seconds = 600.0
     """Longest wait for the whole answer, in seconds."""
 
     json: bool = False
@@ -75,7 +77,6 @@ def command(argv: Sequence[str]) -> int:
     """Generate text on a running server, streamed as it comes."""
     config = parse(GenerateConfig, argv, prog="janus generate")
     split_address(config.endpoint)
-    check_wait("timeout-s", config.timeout_s)
     request = _request(config)
     with grpc.insecure_channel(config.endpoint, options=channel_options()) as channel:
         call = InferenceServiceStub(channel).Generate(request, timeout=config.timeout_s)
@@ -94,7 +95,7 @@ def command(argv: Sequence[str]) -> int:
 
 
 def _request(config: GenerateConfig) -> inference_pb2.GenerateRequest:
-    if (config.prompt is None) == (not config.prompt_ids):
+    if bool(config.prompt) == bool(config.prompt_ids):
         raise ConfigError("give either a PROMPT or --prompt-ids")
     try:
         request = _message(config)
@@ -124,7 +125,7 @@ def _message(config: GenerateConfig) -> inference_pb2.GenerateRequest:
     if config.logprobs is not None:
         sampling.logprobs = config.logprobs
     request = inference_pb2.GenerateRequest(sampling=sampling)
-    if config.prompt is not None:
+    if config.prompt:
         request.text = sys.stdin.read() if config.prompt == "-" else config.prompt
     else:
         request.token_ids.ids.extend(_parse_ids(config.prompt_ids))

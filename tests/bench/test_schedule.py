@@ -40,8 +40,8 @@ def test_exact_is_the_optimum_and_none_the_baseline(
     ("flags", "sentence"),
     [
         (["--shapes", "gpt"], "there is no shape 'gpt'"),
-        (["--slots", "0.5"], "--slots must be between 1 and 1024"),
-        (["--batches", "0"], "must be at least 1"),
+        (["--slots", "0.5"], "--slots must be at least 1, not 0.5"),
+        (["--batches", "64", "0"], "--batches must be at least 1, not 0"),
         (["--device", "tpu"], "--device must be cpu or cuda"),
         (["--device", "cuda"], "torch finds no GPU"),
     ],

@@ -128,6 +128,29 @@ def test_every_config_field_says_what_it_means() -> None:
     assert silent == []
 
 
+def test_every_number_on_a_command_line_has_bounds() -> None:
+    fields_of = {
+        node.name: {
+            ast.unparse(field.target): ast.unparse(field.annotation)
+            for field in node.body
+            if isinstance(field, ast.AnnAssign)
+        }
+        for node in config_classes()
+    }
+    call = re.compile(r"\b(?:parse|run)\((?:\"\w+\", )?(\w+Config)\b")
+    parsed = [name for path in SOURCES for name in call.findall(path.read_text())]
+    assert {"ServeConfig", "AttentionConfig", "ExpertConfig", "GenerateConfig"} <= set(parsed)
+    for name in parsed:
+        parsed += set(fields_of[name].values()) & set(fields_of) - set(parsed)
+    unbounded = {
+        f"{name}.{field}"
+        for name in parsed
+        for field, kind in fields_of[name].items()
+        if re.search(r"\b(int|float)\b", kind) and "Between(" not in kind
+    }
+    assert unbounded == set()
+
+
 @pytest.mark.parametrize(
     "module", ["config", "launch", "cli", "generate", "endpoint.service", "model.checkpoint"]
 )

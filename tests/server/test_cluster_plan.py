@@ -1,5 +1,4 @@
 import dataclasses
-import math
 import shutil
 import socket
 from pathlib import Path
@@ -44,22 +43,11 @@ def test_a_config_that_can_work_passes(config: ServeConfig) -> None:
 @pytest.mark.parametrize(
     ("part", "sentence"),
     [
-        ({"pools": PoolConfig(attention_workers=0)}, "--attention-workers must be at least 1"),
         ({"pools": PoolConfig(expert_workers=0)}, "--expert-workers must be at least 1"),
         ({"pools": PoolConfig(expert_workers=7)}, "--expert-workers 7 .* has 6 experts"),
         ({"pools": PoolConfig(expert_slots=2)}, "2 expert workers with 2 .* cannot hold"),
-        ({"pools": PoolConfig(expert_slots=7)}, "--expert-slots must be between 1 and"),
-        ({"pools": PoolConfig(expert_slots=-1)}, "--expert-slots must be between 1 and"),
-        ({"engine": EngineConfig(lanes=0)}, "--lanes must be at least 1"),
-        ({"engine": EngineConfig(lanes=5)}, "--lanes must be at most 4, not 5"),
-        ({"engine": EngineConfig(max_batch_tokens=0)}, "--max-batch-tokens must be at least 1"),
-        ({"engine": EngineConfig(max_sequences=0)}, "--max-sequences must be at least 1"),
-        ({"engine": EngineConfig(max_sequences=10**9)}, "--max-sequences must be at most 65536, "),
-        ({"engine": EngineConfig(block_size=-1)}, "--block-size must be at least 1"),
+        ({"pools": PoolConfig(expert_slots=7)}, "--expert-slots must be at most .* 6 experts"),
         ({"engine": EngineConfig(max_context=1025)}, "--max-context .* model's 1024, not 1025"),
-        ({"engine": EngineConfig(max_context=-1)}, "--max-context must be between 0 and"),
-        ({"threads": 0}, "--threads must be at least 1"),
-        ({"admission": AdmissionConfig(max_requests=0)}, "--max-requests must be at least 1"),
         ({"admission": AdmissionConfig(listen="50051")}, "is not HOST:PORT"),
         ({"admission": AdmissionConfig(listen="localhost:99999")}, "port of .* is above 65535"),
     ],
@@ -69,36 +57,6 @@ def test_what_cannot_work_is_one_sentence(
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
         check_config(dataclasses.replace(config, **part))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300, 1e-300, 0.0, -1.0])
-@pytest.mark.parametrize(
-    ("flag", "low", "high"),
-    [
-        ("--kv-cache-gib", 0.001, 65536),
-        ("--comm-timeout-s", 0.001, 86400),
-        ("--startup-timeout-s", 0.001, 86400),
-    ],
-)
-def test_amounts_out_of_range(
-    config: ServeConfig, flag: str, low: float, high: float, value: float
-) -> None:
-    parsed = parse(ServeConfig, [config.model.checkpoint, f"{flag}={value}"], prog="p")
-    bound = f"at most {high}" if value > high else f"at least {low}"
-    with pytest.raises(ConfigError) as caught:
-        check_config(parsed)
-    assert str(caught.value) == f"{flag} must be {bound}, not {value}"
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
-def test_a_drain_may_take_no_time_but_no_less(config: ServeConfig, value: float) -> None:
-    def draining(drain_timeout_s: float) -> ServeConfig:
-        admission = dataclasses.replace(config.admission, drain_timeout_s=drain_timeout_s)
-        return dataclasses.replace(config, admission=admission)
-
-    check_config(draining(0.0))
-    with pytest.raises(ConfigError, match=f"--drain-timeout-s must be at .*, not {value}"):
-        check_config(draining(value))
 
 
 def test_a_damaged_tokenizer(config: ServeConfig, tmp_path: Path) -> None:

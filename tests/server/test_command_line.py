@@ -1,11 +1,15 @@
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
-from hypothesis import given
+import tyro
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from janus_server.attention.config import AttentionConfig, EngineConfig
+from janus_server.bounds import Between
 from janus_server.comm.config import CommConfig
 from janus_server.command_line import parse, to_argv
 from janus_server.config import ServeConfig
@@ -15,21 +19,112 @@ from janus_server.errors import ConfigError
 from janus_server.model.config import ModelConfig
 from janus_server.process import ProcessConfig
 
-paths = st.text(min_size=1).filter(lambda text: text != "--" and "\0" not in text)
-amounts = st.floats(min_value=1e-9, max_value=1e9)
+texts = st.text(st.characters(exclude_characters="\0")) | st.sampled_from(
+    ["", "-", "--", "-x", "--switch", "--words=x", "a b", "two\nlines", "None", "a=b", "x y=--z"]
+)
+numbers = st.integers(-10, 10)
+amounts = st.floats(-10, 10)
 
 
-@given(checkpoint=paths, lanes=st.integers(), kv_cache_gib=amounts, lifeline=st.booleans())
-def test_a_config_survives_the_way_through_a_command_line(
-    checkpoint: str, lanes: int, kv_cache_gib: float, lifeline: bool
-) -> None:
-    config = AttentionConfig(
-        model=ModelConfig(checkpoint=checkpoint, dtype="fp32"),
-        engine=EngineConfig(lanes=lanes, kv_cache_gib=kv_cache_gib),
-        controller="127.0.0.1:5",
-        process=ProcessConfig(lifeline=lifeline),
-    )
-    assert parse(AttentionConfig, to_argv(config), prog="p") == config
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inner:
+    """A part with a field of each kind."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """Text by position."""
+    on: bool = True
+    """A switch that is on."""
+    off: bool = False
+    """A switch that is off."""
+    words: tuple[str, ...] = ("by", "default")
+    """Texts."""
+    ids: Annotated[tuple[int, ...], Between(-10, 10)] = ()
+    """Whole numbers."""
+    shares: Annotated[tuple[float, ...], Between(-10, 10)] = (0.5,)
+    """Numbers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outer:
+    """All kinds of fields."""
+
+    inner: Inner
+    number: Annotated[int, Between(-10, 10)] = 1
+    """A whole number."""
+    maybe: Annotated[int | None, Between(-10, 10)] = 5
+    """A whole number, or none."""
+    amount: Annotated[float, Between(-10, 10)] = 0.5
+    """A number."""
+    word: str = "word"
+    """A text."""
+    choice: Literal["a", "b-c"] = "a"
+    """A choice."""
+
+
+inners = st.builds(
+    Inner,
+    checkpoint=texts,
+    on=st.booleans(),
+    off=st.booleans(),
+    words=st.lists(texts, max_size=3).map(tuple),
+    ids=st.lists(numbers, max_size=3).map(tuple),
+    shares=st.lists(amounts, max_size=3).map(tuple),
+)
+outers = st.builds(
+    Outer,
+    inner=inners,
+    number=numbers,
+    maybe=st.none() | numbers,
+    amount=amounts,
+    word=texts,
+    choice=st.sampled_from(["a", "b-c"]),
+)
+
+
+@settings(deadline=None)
+@given(config=outers)
+def test_a_config_survives_the_way_through_a_command_line(config: Outer) -> None:
+    assert parse(Outer, to_argv(config), prog="p") == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--words", "a", "b", "--number", "1", "x"], ("a", "b")),
+        (["x", "--words=a", "--words=--b"], ("a", "--b")),
+        (["x", "--words", "a", "--words", "b"], ("a", "b")),
+        (["x", "--words"], ()),
+        (["--words=a", "--", "x"], ("a",)),
+        (["x"], ("by", "default")),
+    ],
+)
+def test_a_flag_of_many_values(argv: list[str], words: tuple[str, ...]) -> None:
+    config = parse(Outer, argv, prog="p")
+    assert (config.inner.checkpoint, config.inner.words) == ("x", words)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--number", "11"], "--number must be at most 10, not 11"),
+        (["--number=-11"], "--number must be at least -10, not -11"),
+        (["--maybe", "11"], "--maybe must be at most 10, not 11"),
+        (["--amount", "nan"], "--amount must be at least -10, not nan"),
+        (["--amount", "inf"], "--amount must be at most 10, not inf"),
+        (["--ids", "1", "11"], "--ids must be at most 10, not 11"),
+        (["--ids", "1", "x"], "--ids must be numbers, not 1 x"),
+        (["--shares=1", "--shares=1e300"], r"--shares must be at most 10, not 1e\+300"),
+    ],
+)
+def test_numbers_out_of_bounds(argv: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{sentence}$"):
+        parse(Outer, ["x", *argv], prog="p")
+
+
+def test_a_worker_that_is_started_by_hand_checks_its_numbers() -> None:
+    argv = ["folder", "--controller", "localhost:1", "--block-size", "0"]
+    with pytest.raises(ConfigError, match="--block-size must be at least 1, not 0"):
+        parse(AttentionConfig, argv, prog="p")
 
 
 def test_a_flag_may_follow_the_written_command_line() -> None:
@@ -99,8 +194,16 @@ def test_a_boolean_key(tmp_path: Path, text: str, expected: bool) -> None:
         ("lane = 2", "there is no key lane; did you mean lanes?"),
         ("zzz = 2", "there is no key zzz"),
         ("[engine]\nlanes = 2", "there is no key engine"),
-        ("lanes = [2]", "the key lanes must be a plain value"),
-        ("lanes = true", "the key lanes cannot be true or false"),
+        ("lanes = 1\nlanes = 2", "is not valid TOML"),
+        ("lanes = [2]", "the key lanes must be a whole number"),
+        ("lanes = {a = 2}", "the key lanes must be a whole number"),
+        ("lanes = true", "the key lanes must be a whole number"),
+        ('lanes = "2"', "the key lanes must be a whole number"),
+        ("lanes = 2.0", "the key lanes must be a whole number"),
+        ("lanes = 2020-01-01", "the key lanes must be a whole number"),
+        ('kv_cache_gib = "1"', "the key kv_cache_gib must be a number"),
+        ("kv_cache_gib = false", "the key kv_cache_gib must be a number"),
+        ("transport = 1", "the key transport must be a string"),
         ("checkpoint = 3", "the key checkpoint must be a string"),
     ],
 )
@@ -109,6 +212,33 @@ def test_a_bad_file_is_one_sentence(tmp_path: Path, text: str, sentence: str) ->
     with pytest.raises(ConfigError, match=sentence) as caught:
         parse(ServeConfig, ["x", "--config", path], prog="p")
     assert path in str(caught.value)
+
+
+def test_a_number_out_of_bounds_in_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "lanes = 0")
+    with pytest.raises(ConfigError, match="--lanes must be at least 1, not 0"):
+        parse(ServeConfig, ["x", "--config", path], prog="p")
+
+
+def test_keys_of_many_values(tmp_path: Path) -> None:
+    path = write(tmp_path, 'words = ["a", "--b"]\nshares = [1, 2.5]\nids = []\nmaybe = 3')
+    config = parse(Outer, ["x", "--config", path], prog="p")
+    assert (config.inner.words, config.inner.shares, config.inner.ids, config.maybe) == (
+        ("a", "--b"),
+        (1.0, 2.5),
+        (),
+        3,
+    )
+    assert parse(Outer, ["x", "--config", path, "--words=c"], prog="p").inner.words == ("c",)
+    for text in ("words = 5", 'words = "a"', "words = [5]", "words = [true]"):
+        with pytest.raises(ConfigError, match="words must be a list, and each of its elements a"):
+            parse(Outer, ["x", "--config", write(tmp_path, text)], prog="p")
+
+
+def test_the_command_line_wins_over_a_switch_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "off = true\non = false")
+    config = parse(Outer, ["x", "--config", path, "--no-off"], prog="p")
+    assert (config.inner.on, config.inner.off) == (False, False)
 
 
 def test_a_boolean_key_wants_a_boolean(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_text_is_streamed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_flags_become_sampling(tmp_path: Path) -> None:
     flags = "--temperature 0.5 --top-k 3 --top-p 0.5 --min-p 0.25 --seed 8 --ignore-eos"
-    stops = ["--stop", "END", "\n\n", "--stop-token-ids", "5", "6"]
+    stops = ["--stop", "END", "\n\n", "--stop=--", "--stop-token-ids", "5", "6"]
 
     async def check() -> None:
         async with running_endpoint(tmp_path) as endpoint:
@@ -68,7 +68,7 @@ def test_flags_become_sampling(tmp_path: Path) -> None:
                 min_p=0.25,
                 seed=8,
                 max_tokens=50,
-                stop=["END", "\n\n"],
+                stop=["END", "\n\n", "--"],
                 stop_token_ids=[5, 6],
                 ignore_eos=True,
             )
@@ -137,9 +137,9 @@ def test_the_prompt_comes_from_standard_input(
 def test_a_refusal_is_passed_on(tmp_path: Path) -> None:
     async def check() -> None:
         async with running_endpoint(tmp_path) as endpoint:
-            argv = ["x", "--top-p", "2", "--endpoint", endpoint.address]
+            argv = ["x", "--top-p", "0", "--endpoint", endpoint.address]
             sentence = await asyncio.to_thread(complaint, InvalidRequestError, argv)
-            assert sentence == "top_p is 2.0; it must be from 0 to 1"
+            assert sentence == "top_p is 0, which leaves no token; use temperature 0"
             await endpoint.control.publish()
             while endpoint.pool.is_ready:
                 await asyncio.sleep(0.005)
@@ -174,11 +174,10 @@ def test_nothing_listens(address: str) -> None:
         ("--endpoint", "nonsense", "'nonsense' is not HOST:PORT"),
         ("--endpoint", "", "'' is not HOST:PORT"),
         ("--endpoint", "localhost:99999", "the port of localhost:99999 is above 65535"),
-        ("--timeout-s", "nan", "--timeout-s must be at least 0.001, not nan"),
         ("--timeout-s", "0", "--timeout-s must be at least 0.001, not 0.0"),
-        ("--timeout-s", "-1", "--timeout-s must be at least 0.001, not -1.0"),
-        ("--timeout-s", "inf", "--timeout-s must be at most 86400, not inf"),
-        ("--timeout-s", "1e300", "--timeout-s must be at most 86400, not 1e+300"),
+        ("--max-tokens", "2147483648", "--max-tokens must be at most 2147483647, not 2147483648"),
+        ("--top-p", "nan", "--top-p must be at least 0, not nan"),
+        ("--stop-token-ids", "-1", "--stop-token-ids must be at least 0, not -1"),
     ],
 )
 def test_flags_that_no_call_can_use(flag: str, value: str, sentence: str) -> None:
@@ -199,7 +198,7 @@ def test_prompt_ids_that_are_no_numbers(text: str) -> None:
     )
 
 
-@pytest.mark.parametrize("argv", [[], ["text", "--prompt-ids", "1"]])
+@pytest.mark.parametrize("argv", [[], [""], ["text", "--prompt-ids", "1"]])
 def test_one_prompt_is_needed(argv: list[str]) -> None:
     assert complaint(ConfigError, argv) == "give either a PROMPT or --prompt-ids"
 
@@ -209,9 +208,6 @@ def test_one_prompt_is_needed(argv: list[str]) -> None:
     [
         ["--prompt-ids=-1"],
         ["--prompt-ids", "4294967296"],
-        ["x", "--max-tokens", "2147483648"],
-        ["x", "--seed", "9223372036854775808"],
-        ["x", "--stop-token-ids", "4294967296"],
         ["x\udcff"],
     ],
 )

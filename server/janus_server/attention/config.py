@@ -1,9 +1,11 @@
 """What an attention worker is handed at launch."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from janus_server.comm.config import CommConfig
-from janus_server.model.config import ModelConfig
+from janus_server.bounds import Between, Threads
+from janus_server.comm.config import MAX_LANES, CommConfig
+from janus_server.model.config import DeviceIndex, MaxContext, ModelConfig
 from janus_server.process import ProcessConfig
 
 
@@ -11,22 +13,22 @@ from janus_server.process import ProcessConfig
 class EngineConfig:
     """Batching and KV cache of each attention worker."""
 
-    max_batch_tokens: int = 2048
+    max_batch_tokens: Annotated[int, Between(1, 2**20)] = 2048
     """Tokens fed to the model in one step; longer prompts are prefilled in chunks."""
 
-    max_sequences: int = 64
+    max_sequences: Annotated[int, Between(1, 2**16)] = 64
     """Sequences in one step."""
 
-    max_context: int = 0
+    max_context: MaxContext = 0
     """Longest prompt plus completion, in tokens; 0: what the model was trained for."""
 
-    block_size: int = 16
+    block_size: Annotated[int, Between(1, 2**16)] = 16
     """Tokens of a KV block."""
 
-    kv_cache_gib: float = 1.0
+    kv_cache_gib: Annotated[float, Between(0.001, 2**16)] = 1.0
     """Memory for KV blocks, in GiB."""
 
-    lanes: int = 1
+    lanes: Annotated[int, Between(1, MAX_LANES)] = 1
     """Micro-batches of a step; with 2, one lane's attention runs while the other's experts do."""
 
 
@@ -45,8 +47,8 @@ class AttentionConfig:
     listen: str = "127.0.0.1:0"
     """HOST:PORT of the worker's gRPC service; port 0 takes a free one."""
 
-    device_index: int = 0
+    device_index: DeviceIndex = 0
     """Which GPU, with --device cuda."""
 
-    threads: int = 1
+    threads: Threads = 1
     """CPU threads of the worker."""

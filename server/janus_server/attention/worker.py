@@ -21,6 +21,7 @@ from janus_server.comm.lifecycle import run_until_stopped
 from janus_server.comm.work_thread import WorkThread
 from janus_server.grpc_server import start_server
 from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.config import context_limit
 from janus_server.model.cpu import use_cpu
 from janus_server.model.weights import WeightReader, device_of, dtype_of
 from janus_server.process import announce
@@ -47,6 +48,7 @@ async def serve(
     config: AttentionConfig, stop: asyncio.Event, checkpoint: Checkpoint, join: PoolFactory
 ) -> None:
     """Serve until `stop`; `join` brings the expert workers of the epoch."""
+    context_limit(checkpoint.spec, config.engine.max_context)
     use_cpu(config.threads)
     service = AttentionWorkerService()
     server = await start_server(

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from janus_server.bounds import Seconds
+
 MAX_LANES = 4
 """Micro-batches of a step at most."""
 
@@ -13,8 +15,8 @@ SIGNS_PER_TIMEOUT = 4
 class CommConfig:
     """Communication."""
 
-    comm_timeout_s: float = 60.0
+    comm_timeout_s: Seconds = 60.0
     """Longest wait for a peer's data within a step before the peer counts as lost, in seconds."""
 
-    startup_timeout_s: float = 600.0
+    startup_timeout_s: Seconds = 600.0
     """Longest wait for all workers to load, meet and become ready, in seconds."""

@@ -1,8 +1,10 @@
 """What the controller is handed at launch."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from janus_scheduler.activation import SchedulePolicy
+from janus_server.bounds import Between
 from janus_server.comm.config import CommConfig
 from janus_server.model.config import ModelConfig
 from janus_server.process import ProcessConfig
@@ -12,13 +14,13 @@ from janus_server.process import ProcessConfig
 class PoolConfig:
     """Worker pools."""
 
-    attention_workers: int = 1
+    attention_workers: Annotated[int, Between(1, 1024)] = 1
     """Attention workers that an epoch waits for."""
 
-    expert_workers: int = 2
+    expert_workers: Annotated[int, Between(0, 1024)] = 2
     """Expert workers that an epoch waits for."""
 
-    expert_slots: int = 0
+    expert_slots: Annotated[int, Between(0, 2**16)] = 0
     """Expert slots of each worker and layer; 0: just enough to hold every expert once."""
 
     placement: str = ""
@@ -35,11 +37,11 @@ class ScheduleConfig:
     the slowest worker read fewest experts, against token, which spreads tokens; the others are
     there to compare."""
 
-    expert_us: float = 0.0
+    expert_us: Annotated[float, Between(0, 1e6)] = 0.0
     """Time to read one more expert's weights, in microseconds, that auto weighs; 0: each expert
     worker measures itself at its start and the slowest counts."""
 
-    pair_us: float = 0.0
+    pair_us: Annotated[float, Between(0, 1e6)] = 0.0
     """Time to compute one more token-expert pair, in microseconds, given together with the time of
     an expert; 0: measured."""
 

@@ -79,16 +79,13 @@ def check_pools(pools: PoolConfig, spec: ModelSpec) -> None:
     Raises ConfigError.
     """
     workers, slots = pools.expert_workers, pools.expert_slots
-    if pools.attention_workers < 1:
-        raise ConfigError(f"--attention-workers must be at least 1, not {pools.attention_workers}")
-    if not 0 <= workers <= spec.num_experts:
+    if workers > spec.num_experts:
         raise ConfigError(
             f"--expert-workers {workers} does not fit a model that has {spec.num_experts} experts"
         )
-    if slots != 0 and not 1 <= slots <= spec.num_experts:
+    if slots > spec.num_experts:
         raise ConfigError(
-            f"--expert-slots must be between 1 and the model's {spec.num_experts} experts, or 0 "
-            f"for just enough, not {slots}"
+            f"--expert-slots must be at most the model's {spec.num_experts} experts, not {slots}"
         )
     if slots != 0 and 0 < workers * slots < spec.num_experts:
         raise ConfigError(

@@ -18,6 +18,8 @@ from janus_server.errors import ConfigError
 
 def first_placement(pools: PoolConfig, spec: ModelSpec) -> Placement:
     """Where the experts go at the start; raises ConfigError where file, pools and model differ."""
+    if pools.expert_workers < 1:
+        raise ConfigError("--expert-workers must be at least 1 to place experts, not 0")
     if not pools.placement:
         return round_robin(
             moe_layers=spec.moe_layers,

@@ -1,9 +1,11 @@
 """What the endpoint is handed at launch."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from janus_server.bounds import Between
 from janus_server.comm.config import CommConfig
-from janus_server.model.config import ModelConfig
+from janus_server.model.config import MaxContext, ModelConfig
 from janus_server.process import ProcessConfig
 
 
@@ -14,10 +16,10 @@ class AdmissionConfig:
     listen: str = "127.0.0.1:50051"
     """HOST:PORT of the public gRPC service; port 0 takes a free one."""
 
-    max_requests: int = 256
+    max_requests: Annotated[int, Between(1, 2**20)] = 256
     """Requests in the system, running and queued; one more is refused with RESOURCE_EXHAUSTED."""
 
-    drain_timeout_s: float = 30.0
+    drain_timeout_s: Annotated[float, Between(0, 86_400)] = 30.0
     """On shutdown, how long running requests may still take, in seconds."""
 
 
@@ -33,5 +35,5 @@ class EndpointConfig:
     controller: str
     """HOST:PORT of the controller."""
 
-    max_context: int = 0
+    max_context: MaxContext = 0
     """Longest prompt plus completion, in tokens; 0: what the model was trained for."""

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from janus_server.bounds import Threads
 from janus_server.comm.config import CommConfig
-from janus_server.model.config import ModelConfig
+from janus_server.model.config import DeviceIndex, ModelConfig
 from janus_server.process import ProcessConfig
 
 
@@ -18,8 +19,8 @@ class ExpertConfig:
     controller: str
     """HOST:PORT of the controller."""
 
-    device_index: int = 0
+    device_index: DeviceIndex = 0
     """Which GPU, with --device cuda."""
 
-    threads: int = 1
+    threads: Threads = 1
     """CPU threads of the worker."""

@@ -6,7 +6,14 @@ from typing import Annotated, Literal
 import tyro
 
 from janus_scheduler.model_spec import ModelSpec
+from janus_server.bounds import Between
 from janus_server.errors import ConfigError
+
+MaxContext = Annotated[int, Between(0, 2**31 - 1)]
+"""Longest prompt plus completion in tokens; `context_limit` holds it to the model."""
+
+DeviceIndex = Annotated[int, Between(0, 1023)]
+"""Which GPU; `device_of` holds it to those that there are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,9 +33,9 @@ class ModelConfig:
 def context_limit(spec: ModelSpec, max_context: int) -> int:
     """Longest prompt plus completion in tokens, where `max_context` 0 means all that the model has.
 
-    Raises ConfigError below 0 and above what the model was made for.
+    Raises ConfigError above what the model was made for.
     """
-    if not 0 <= max_context <= spec.max_context:
+    if max_context > spec.max_context:
         raise ConfigError(
             f"--max-context must be between 0 and the model's {spec.max_context}, not {max_context}"
         )

@@ -7,7 +7,7 @@ from janus_scheduler.activation import Scheduling
 from janus_server.attention import worker as attention_worker
 from janus_server.comm.base import ExpertPool
 from janus_server.comm.local import LocalExpertPool
-from janus_server.controller.membership import given_costs
+from janus_server.controller.membership import check_pools, given_costs
 from janus_server.controller.placement import first_placement
 from janus_server.experts.calibration import measure_costs
 from janus_server.experts.runner import ExpertRunner
@@ -20,6 +20,9 @@ from janus_server.monolith.config import MonolithConfig
 async def main(config: MonolithConfig, stop: asyncio.Event) -> None:
     """Serve as an attention worker whose experts are in this process."""
     checkpoint = Checkpoint.open(config.attention.model.checkpoint)
+    check_pools(config.pools, checkpoint.spec)
+    first_placement(config.pools, checkpoint.spec)
+    given_costs(config.schedule)
 
     def join(epoch: control_pb2.Epoch, worker_id: str) -> ExpertPool:
         return local_expert_pool(config, checkpoint)

@@ -1,0 +1,60 @@
+"""TOML files of flags: one table, whose keys are the fields of a config."""
+
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from janus_server.errors import ConfigError
+
+_ACCEPTED: dict[Any, tuple[str, tuple[type, ...]]] = {
+    bool: ("true or false", (bool,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    str: ("a string", (str,)),
+}
+"""What a field's type is called, and which of TOML's types it takes."""
+
+
+def read_config_file(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the file's keys and values; `kinds` are the types of the fields that there are.
+
+    Raises ConfigError.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # tomllib lets more through than its own error
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    for key, value in table.items():
+        if key not in kinds:
+            close = difflib.get_close_matches(key, kinds, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{path}: there is no key {key}{hint}")
+        element = element_type(kinds[key])
+        name, accepted = _ACCEPTED[element or _plain_type(kinds[key])]
+        if element:
+            name = f"a list, and each of its elements {name}"
+            fits = isinstance(value, list) and all(type(one) in accepted for one in value)
+        else:
+            fits = type(value) in accepted
+        if not fits:
+            raise ConfigError(f"{path}: the key {key} must be {name}")
+    return table
+
+
+def element_type(kind: Any) -> Any:
+    """The type of a tuple field's elements; None for any other field."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+
+
+def _plain_type(kind: Any) -> Any:
+    if typing.get_origin(kind) is typing.Literal:
+        return str
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return next(one for one in typing.get_args(kind) if one is not types.NoneType)
+    return kind

@@ -40,7 +40,7 @@ class PlacementConfig:
     slots: Annotated[int, Between(1, 2**16)]
     """Expert slots of each worker and layer."""
 
-    policy: Literal["search", "coactivation", "eplb", "round_robin", "all"] = "search"
+    policy: Literal[PlacementPolicy, "all"] = "search"
     """How to place; all: compare them."""
 
     batch: Annotated[int, Between(1, 2**20)] = 64

@@ -336,7 +336,7 @@ def _replay_us(
 
 def _table(shape: str, rows: Sequence[dict[str, Any]], workers: int) -> Table:
     """All slots and batches of one number of workers."""
-    others = ("aebs", "metro", "token", "eplb", "random", "first")
+    others = [policy for policy in POLICIES if policy not in ("auto", "exact")]
     table = Table(
         title=f"{shape} on {workers} workers: mean a_max of exact, its ratio to no replication, "
         "the others' ratio to exact, us of one call of exact",

@@ -12,10 +12,6 @@ import numpy as np
 
 from janus_kernels.replica_table import GOLDEN, TOKEN_SWEEPS, Policy
 
-# Compiled code takes plain integers.
-_FIRST, _RANDOM, _EPLB = int(Policy.FIRST), int(Policy.RANDOM), int(Policy.EPLB)
-_METRO, _EXACT, _TOKEN = int(Policy.METRO), int(Policy.EXACT), int(Policy.TOKEN)
-_AEBS, _AUTO = int(Policy.AEBS), int(Policy.AUTO)
 _LOW_32 = 0xFFFFFFFF
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
@@ -50,7 +46,7 @@ def schedule_into(
 ) -> None:
     """Fill slots_TK and the parts of `ScheduleCounts`."""
     num_workers = len(experts_W)
-    if policy in (_FIRST, _EPLB, _RANDOM):
+    if policy in (Policy.FIRST, Policy.EPLB, Policy.RANDOM):
         _deal_by_position(policy, ids_TK, slots_ER, num_replicas_E, seed, slots_TK)
     else:
         tokens_E = np.empty(len(slots_ER), np.int64)
@@ -99,9 +95,9 @@ def _deal_by_position(
         for k in range(top_k):
             expert = ids_TK[token, k]
             index = 0
-            if policy != _FIRST:
+            if policy != Policy.FIRST:
                 index = token * top_k + k
-                if policy == _RANDOM:
+                if policy == Policy.RANDOM:
                     index = _mix(index, seed)
                 index %= num_replicas_E[expert]
             slots_TK[token, k] = slots_ER[expert, index]
@@ -127,16 +123,16 @@ def _share(
     shares_ER: Array,
 ) -> None:
     """Fill shares_ER, which comes zeroed: the tokens that each replica is to have."""
-    if policy == _TOKEN:
+    if policy == Policy.TOKEN:
         _split(tokens_E, workers_ER, num_replicas_E, num_workers, shares_ER)
         return
     chosen_E = np.zeros(len(tokens_E), np.int64)
     loads_W = np.zeros(num_workers, np.int64)
     forced = 0
-    if policy != _METRO:
+    if policy != Policy.METRO:
         forced = _force(tokens_E, workers_ER, num_replicas_E, loads_W)
-    _greedy(tokens_E, workers_ER, num_replicas_E, policy != _METRO, chosen_E, loads_W)
-    if policy in (_EXACT, _AUTO):
+    _greedy(tokens_E, workers_ER, num_replicas_E, policy != Policy.METRO, chosen_E, loads_W)
+    if policy in (Policy.EXACT, Policy.AUTO):
         total = 0
         for load in loads_W:
             total += int(load)
@@ -147,7 +143,7 @@ def _share(
                 break
     for expert in range(len(tokens_E)):
         shares_ER[expert, chosen_E[expert]] = tokens_E[expert]
-    if policy == _AUTO:
+    if policy == Policy.AUTO:
         _split_if_cheaper(tokens_E, workers_ER, num_replicas_E, num_workers, costs, shares_ER)
 
 

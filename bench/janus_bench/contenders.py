@@ -177,7 +177,9 @@ class _Janus(_Runner):
         )
 
     def _step(self, outputs: dict[str, list[int]]) -> None:
-        for output in self._engine.step(self.pool):
+        outcome = self._engine.step(self.pool)
+        assert not outcome.failures, outcome.failures
+        for output in outcome.outputs:
             outputs[output.request_id].append(output.token_id)
 
 

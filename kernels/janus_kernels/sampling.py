@@ -4,14 +4,21 @@ Shapes: B sequences, V vocabulary. A choice depends on the sequence's logits, it
 uniform number alone, never on the other sequences of the batch.
 """
 
-from collections.abc import Sequence
-
 import torch
 
+_MIN_TEMPERATURE = 1e-30
+"""Below, 1 / temperature overflows a float32. The nearest two logits are further apart than this,
+so that the distribution is that of the limit: all probability on the most likely token."""
 
-def greedy(logits_BV: torch.Tensor) -> torch.Tensor:
-    """The most likely token of each sequence, int64 [B]; the lowest id wins a tie."""
-    return logits_BV.argmax(dim=-1)
+
+def greedy(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most likely token of each sequence, int64 [B], and its logit, fp32 [B].
+
+    The lowest id wins a tie. The logit is finite exactly where a token can be chosen: NaN anywhere
+    in a row and +inf make it NaN or inf, and so do rows of -inf alone.
+    """
+    best = logits_BV.float().max(dim=-1)
+    return best.indices, best.values
 
 
 def filtered_probs(
@@ -22,8 +29,10 @@ def filtered_probs(
     In the order of `transformers`: temperature (> 0), top_k (0: off), top_p (1: off), min_p (0:
     off), each on what the one before left, renormalised. At least one token remains.
     """
-    scaled = (logits_V.float() / temperature).sort(descending=True, stable=True)
-    values, ids = scaled.values, scaled.indices
+    ordered = logits_V.float().sort(descending=True, stable=True)
+    # The best becomes 0 before the division, which then overflows only towards -inf.
+    values = (ordered.values - ordered.values[0]) / max(temperature, _MIN_TEMPERATURE)
+    ids = ordered.indices
     if 0 < top_k < values.shape[0]:
         # Ties with the k-th stay, as they do in the reference.
         keep = int((values >= values[top_k - 1]).sum())
@@ -34,28 +43,26 @@ def filtered_probs(
         keep = max(int((before < top_p).sum()), 1)
         probs, ids = probs[:keep] / probs[:keep].sum(), ids[:keep]
     if min_p > 0.0:
-        keep = int((probs >= min_p * probs[0]).sum())
+        keep = max(int((probs >= min_p * probs[0]).sum()), 1)
         probs, ids = probs[:keep] / probs[:keep].sum(), ids[:keep]
     return probs, ids
 
 
 def sample(probs: torch.Tensor, ids: torch.Tensor, uniform: float) -> int:
     """Invert the cumulative distribution at `uniform` in [0, 1)."""
-    place = int(torch.searchsorted(probs.double().cumsum(-1), uniform, right=True))
-    return int(ids[min(place, ids.shape[0] - 1)])
+    cumulative = probs.double().cumsum(-1)
+    # Rounding leaves the sum beside 1; scaled to it, no token of probability 0 can be reached.
+    place = torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True)
+    return int(ids[place])
 
 
 def top_logprobs(
-    logits_BV: torch.Tensor, chosen_B: torch.Tensor, counts: Sequence[int]
-) -> list[tuple[float, list[int], list[float]]]:
-    """For each sequence: log-probability of its token, ids and log-probabilities of the likeliest.
+    logits_V: torch.Tensor, chosen: int, count: int
+) -> tuple[float, list[int], list[float]]:
+    """Log-probability of the chosen token; ids and log-probabilities of the `count` likeliest.
 
-    Natural logarithms of the plain softmax, before temperature and filters; counts[b] likeliest.
+    Natural logarithms of the plain softmax, before temperature and filters.
     """
-    logprobs_BV = torch.log_softmax(logits_BV.float(), dim=-1)
-    chosen = logprobs_BV.gather(1, chosen_B.unsqueeze(1)).squeeze(1).tolist()
-    values, ids = logprobs_BV.topk(max(counts), dim=-1)
-    return [
-        (chosen[b], ids[b, :count].tolist(), values[b, :count].tolist())
-        for b, count in enumerate(counts)
-    ]
+    logprobs_V = torch.log_softmax(logits_V.float(), dim=-1)
+    values, ids = logprobs_V.topk(count)
+    return float(logprobs_V[chosen]), ids.tolist(), values.tolist()

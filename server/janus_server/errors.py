@@ -29,6 +29,10 @@ class UnavailableError(JanusError):
     """The part that should answer is not there, not ready or shutting down (gRPC UNAVAILABLE)."""
 
 
+class RequestFailedError(JanusError):
+    """A fault of the server ended a request; others go on (gRPC INTERNAL)."""
+
+
 class PeerLostError(JanusError):
     """A worker of the epoch died or stayed silent past its deadline."""
 

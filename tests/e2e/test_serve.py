@@ -75,6 +75,18 @@ def test_generate_json_gives_the_tokens_of_transformers(folder: Path, served: Se
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 32}
 
 
+@pytest.mark.parametrize("filters", [{"min_p": 0.5}, {"min_p": 1.0, "top_p": 1e-30}, {}])
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-6])
+def test_the_smallest_temperatures_are_greedy(
+    served: Served, temperature: float, filters: dict[str, float]
+) -> None:
+    (greedy,), (sampled,) = (
+        list(served.stub.Generate(request([12, 7, 99], 1, **sampling), timeout=60))
+        for sampling in ({"temperature": 0.0}, {"temperature": temperature, **filters})
+    )
+    assert sampled.token_ids == greedy.token_ids
+
+
 def test_cancel_in_the_middle_frees_the_kv_blocks(served: Served) -> None:
     call = served.stub.Generate(request(range(200), 800), timeout=60)
     next(call)

@@ -42,13 +42,15 @@ class FakeAttentionWorker(AttentionWorkerServiceServicer):
         token_ids: Sequence[int] = (),
         finish_reason: int = inference_pb2.FINISH_REASON_UNSPECIFIED,
         logprobs: Sequence[inference_pb2.TokenLogprobs] = (),
+        failure: str = "",
     ) -> None:
-        """Send new tokens of a request."""
+        """Send new tokens of a request, or why it failed."""
         output = worker_pb2.SequenceOutput(
             request_id=submit.request_id,
             token_ids=token_ids,
             logprobs=logprobs,
             finish_reason=finish_reason,
+            failure=failure,
         )
         self._outbox.put_nowait(worker_pb2.RunResponse(outputs=[output], load=self.load))
 

@@ -97,12 +97,19 @@ def test_no_pickle_and_no_remote_code() -> None:
     assert [path for path in SOURCES if loaders.search(path.read_text())] == []
 
 
-def test_broad_except_only_where_a_worker_ends() -> None:
-    # The tokenizers library raises nothing narrower.
-    allowed = {"engine_thread.py", "worker.py", "work_thread.py", "tokenizer.py"}
+def test_broad_except_only_where_a_fault_is_contained() -> None:
+    allowed = {
+        "janus_server/attention/engine.py",  # ends the requests of a step
+        "janus_server/attention/runner.py",  # walks the experts to the step's end, raises again
+        "janus_server/attention/sampler.py",  # ends the request of a row
+        "janus_server/attention/step_exchange.py",  # gives the peers up, by name
+        "janus_server/comm/work_thread.py",  # hands on what ended the thread
+        "janus_server/endpoint/tokenizer.py",  # the library raises nothing narrower
+        "janus_server/experts/runner.py",  # answers NaN, which ends the requests of a step
+    }
     broad = re.compile(r"except (Base)?Exception\b|except:")
-    offenders = {path.name for path in SOURCES if broad.search(path.read_text())}
-    assert offenders <= allowed
+    offenders = {path for path in SOURCES if broad.search(path.read_text())}
+    assert {"/".join(path.parts[-3:]) for path in offenders} == allowed
 
 
 def config_classes() -> Iterator[ast.ClassDef]:

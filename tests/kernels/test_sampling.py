@@ -28,8 +28,42 @@ def test_sample_inverts_the_cumulative_distribution(uniform: float, expected: in
     assert sample(torch.tensor([0.25, 0.75]), torch.tensor([7, 5]), uniform) == expected
 
 
+def test_sample_never_takes_a_token_of_probability_0() -> None:
+    almost_1 = torch.tensor([0.5, 0.4999, 0.0])
+    assert sample(almost_1, torch.tensor([7, 5, 3]), 1 - 2**-53) == 5
+
+
 def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
-    assert greedy(torch.tensor([[1.0, 3.0, 3.0]])).tolist() == [1]
+    ids_B, best_B = greedy(torch.tensor([[1.0, 3.0, 3.0]]))
+    assert ids_B.tolist() == [1]
+    assert best_B.tolist() == [3.0]
+
+
+def test_greedy_says_which_rows_hold_no_choice() -> None:
+    nan, inf = float("nan"), float("inf")
+    rows = [[0.0, nan, 1.0], [0.0, inf, 1.0], [-inf, -inf, -inf], [0.0, -inf, 1.0]]
+    _, best_B = greedy(torch.tensor(rows))
+    assert best_B.isfinite().tolist() == [False, False, False, True]
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(
+    temperature=st.sampled_from([1e-45, 1e-38, 1e-30, 1e-20, 1e-7]),
+    top_k=st.sampled_from([0, 1, 5]),
+    top_p=st.sampled_from([1e-30, 0.5, 1.0]),
+    min_p=st.sampled_from([0.0, 1e-30, 1.0]),
+    scale=st.sampled_from([1e-3, 1.0, 1e30]),
+    seed=st.integers(0, 1000),
+)
+def test_a_temperature_towards_0_is_greedy(
+    temperature: float, top_k: int, top_p: float, min_p: float, scale: float, seed: int
+) -> None:
+    logits_V = scale * torch.randn(50, generator=torch.Generator().manual_seed(seed))
+    probs, ids = filtered_probs(
+        logits_V, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    for uniform in (0.0, 0.5, 1 - 2**-53):
+        assert sample(probs, ids, uniform) == int(logits_V.argmax())
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)
@@ -60,9 +94,8 @@ def test_equals_the_warpers_of_transformers(
 
 
 def test_top_logprobs() -> None:
-    logits_BV = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.2, 0.3]]).log()
-    first, second = top_logprobs(logits_BV, torch.tensor([0, 0]), [2, 0])
-    assert first[0] == pytest.approx(torch.tensor(0.1).log().item())
-    assert first[1] == [1, 2]
-    assert first[2] == pytest.approx(torch.tensor([0.6, 0.3]).log().tolist())
-    assert second[1:] == ([], [])
+    logprob, ids, values = top_logprobs(torch.tensor([0.1, 0.6, 0.3]).log(), 0, 2)
+    assert logprob == pytest.approx(torch.tensor(0.1).log().item())
+    assert ids == [1, 2]
+    assert values == pytest.approx(torch.tensor([0.6, 0.3]).log().tolist())
+    assert top_logprobs(torch.tensor([0.5, 0.2, 0.3]).log(), 0, 0)[1:] == ([], [])

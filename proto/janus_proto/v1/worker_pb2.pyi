@@ -131,11 +131,14 @@ class SequenceOutput(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     finish_reason: _inference_pb2.FinishReason.ValueType
-    """Set when the request is over and its KV blocks are free again; FINISH_REASON_ABORT comes
-    without tokens, after an AbortCommand or for a request that can never run on this worker.
+    """Set when the request is over and its KV blocks are free again. FINISH_REASON_ABORT comes without
+    tokens: after an AbortCommand, or with `failure`.
     """
+    failure: _builtins.str
+    """Why the worker could not go on with the request, in one sentence; empty: it could."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -147,10 +150,11 @@ class SequenceOutput(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[_inference_pb2.TokenLogprobs] | None = ...,
         finish_reason: _inference_pb2.FinishReason.ValueType = ...,
+        failure: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,8 +50,9 @@ class AttentionWorkerServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Run(self, request_iterator, context):
-        """Commands in, one message with all new tokens of an engine step out. When the stream breaks, the
-        worker drops the requests that came over it.
+        """Commands in, one message for each engine step out, with all its new tokens. Between steps, and
+        within long ones, messages without outputs show that the engine does not hang. When the stream
+        breaks, the worker drops the requests that came over it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

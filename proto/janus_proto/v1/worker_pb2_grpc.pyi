@@ -32,8 +32,9 @@ class AttentionWorkerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AttentionWorkerServiceAsyncStub: ...
     Run: _grpc.StreamStreamMultiCallable[_worker_pb2.RunRequest, _worker_pb2.RunResponse]
-    """Commands in, one message with all new tokens of an engine step out. When the stream breaks, the
-    worker drops the requests that came over it.
+    """Commands in, one message for each engine step out, with all its new tokens. Between steps, and
+    within long ones, messages without outputs show that the engine does not hang. When the stream
+    breaks, the worker drops the requests that came over it.
     """
     GetEngineLoad: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetEngineLoadRequest, _worker_pb2.GetEngineLoadResponse]
     """What the engine holds right now."""
@@ -42,8 +43,9 @@ class AttentionWorkerServiceStub:
 class AttentionWorkerServiceAsyncStub(AttentionWorkerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Run: _aio.StreamStreamMultiCallable[_worker_pb2.RunRequest, _worker_pb2.RunResponse]  # type: ignore[assignment]
-    """Commands in, one message with all new tokens of an engine step out. When the stream breaks, the
-    worker drops the requests that came over it.
+    """Commands in, one message for each engine step out, with all its new tokens. Between steps, and
+    within long ones, messages without outputs show that the engine does not hang. When the stream
+    breaks, the worker drops the requests that came over it.
     """
     GetEngineLoad: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetEngineLoadRequest, _worker_pb2.GetEngineLoadResponse]  # type: ignore[assignment]
     """What the engine holds right now."""
@@ -55,8 +57,9 @@ class AttentionWorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_worker_pb2.RunRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.RunResponse], _abc.AsyncIterator[_worker_pb2.RunResponse]]:
-        """Commands in, one message with all new tokens of an engine step out. When the stream breaks, the
-        worker drops the requests that came over it.
+        """Commands in, one message for each engine step out, with all its new tokens. Between steps, and
+        within long ones, messages without outputs show that the engine does not hang. When the stream
+        breaks, the worker drops the requests that came over it.
         """
 
     @_abc_1.abstractmethod

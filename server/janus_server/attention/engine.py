@@ -1,20 +1,25 @@
 """The engine of one attention worker: requests in, a step at a time, tokens out; one thread."""
 
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from janus_scheduler.batching import Batcher
+from janus_scheduler.batching import Batcher, SequencePlan, StepPlan
 from janus_scheduler.model_spec import ModelSpec
-from janus_scheduler.request import FinishReason, SamplingParams, Sequence
+from janus_scheduler.request import FinishReason, SamplingParams
+from janus_scheduler.request import Sequence as RequestSequence
 from janus_server.attention.config import EngineConfig
 from janus_server.attention.kv_cache import KvCache, num_blocks_that_fit
 from janus_server.attention.runner import AttentionRunner
-from janus_server.attention.sampler import Logprobs, sample_tokens
+from janus_server.attention.sampler import Logprobs, SamplingFault, TokenChoice, sample_tokens
 from janus_server.attention.weights import AttentionWeights
 from janus_server.comm.base import ExpertPool
-from janus_server.errors import ConfigError
+from janus_server.errors import ConfigError, PeerLostError
 from janus_server.model.config import context_limit
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +31,23 @@ class TokenOutput:
     logprobs: Logprobs | None
     finish_reason: FinishReason | None
     """Set when the request is over and its KV blocks are free again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestFailure:
+    """A request that a fault of this worker ended; its KV blocks are free again."""
+
+    request_id: str
+    reason: str
+    """One sentence for its client."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutcome:
+    """What a step brought."""
+
+    outputs: Sequence[TokenOutput] = ()
+    failures: Sequence[RequestFailure] = ()
 
 
 class Engine:
@@ -40,13 +62,9 @@ class Engine:
         embedding = weights.embedding_VH
         self.max_context = context_limit(spec, config.max_context)
         num_blocks = _num_blocks(spec, config, embedding.dtype, self.max_context)
-        self.batcher = Batcher(
-            max_batch_tokens=config.max_batch_tokens,
-            max_sequences=config.max_sequences,
-            block_size=config.block_size,
-            num_blocks=num_blocks,
-            max_lanes=config.lanes,
-        )
+        self._config = config
+        self.num_blocks = num_blocks
+        self.batcher = self._new_batcher()
         kv_cache = KvCache.allocate(
             spec,
             num_blocks=num_blocks,
@@ -54,7 +72,6 @@ class Engine:
             dtype=embedding.dtype,
             device=embedding.device,
         )
-        self.num_blocks = num_blocks
         self.steps = 0
         """Steps run since the start."""
         self._params: dict[str, SamplingParams] = {}
@@ -64,6 +81,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether any request runs or waits."""
         return bool(self._params)
+
+    @property
+    def progress(self) -> int:
+        """Grows while a step goes on; stands still where it hangs. May be read from any thread."""
+        return self._runner.progress
 
     def add(self, request_id: str, prompt_ids: tuple[int, ...], params: SamplingParams) -> None:
         """Queue a request; raises ValueError where it can never run or its id is taken."""
@@ -76,45 +98,107 @@ class Engine:
         if total > self.max_context or total - 1 > self.num_blocks * self.batcher.block_size:
             raise ValueError(f"request {request_id} needs room for {total} tokens, too many here")
         self._params[request_id] = params
-        self.batcher.add(Sequence(request_id=request_id, prompt_ids=prompt_ids, params=params))
+        self.batcher.add(
+            RequestSequence(request_id=request_id, prompt_ids=prompt_ids, params=params)
+        )
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its KV blocks; false if it is not here (any more)."""
         self._params.pop(request_id, None)
         return self.batcher.abort(request_id)
 
-    def step(self, pool: ExpertPool) -> list[TokenOutput]:
+    def step(self, pool: ExpertPool) -> StepOutcome:
         """Run one step with these experts; no outputs where only prefill went on.
 
-        A step that raises PeerLostError changed nothing and is run again by the next call.
+        A step that raises PeerLostError changed nothing and is run again by the next call. Any
+        other fault ends the requests that it concerns, and the engine goes on.
         """
-        plan = self.batcher.plan()
-        if plan is None:
-            return []
-        self.steps += 1
-        sampling = [one for lane in plan.lanes for one in lane if one.samples]
-        logits_BV = self._runner.forward(plan, pool)
-        tokens = sample_tokens(
-            logits_BV,
-            [self._params[one.request_id] for one in sampling],
-            [one.start + one.num_tokens for one in sampling],
+        try:
+            plan = self.batcher.plan()
+            if plan is None:
+                return StepOutcome()
+            self.steps += 1
+            try:
+                choices = self._run(plan, pool)
+            except PeerLostError:
+                raise
+            except Exception:
+                logger.exception("step %d failed", self.steps)
+                reason = (
+                    "the step that computed it failed; the log of the attention worker says why"
+                )
+                return self._fail((planned.request_id for planned in plan.sequences), reason)
+            return self._complete(plan, choices)
+        except PeerLostError:
+            raise
+        except Exception:
+            return self.start_anew("the attention worker's batching failed; its log says why")
+
+    def start_anew(self, reason: str) -> StepOutcome:
+        """End every request and free every KV block; called while a fault is handled.
+
+        For faults that leave open whether the batcher's books are right.
+        """
+        logger.exception("starting anew without the %d requests", len(self._params))
+        self.batcher = self._new_batcher()
+        return self._fail(list(self._params), reason)
+
+    def _new_batcher(self) -> Batcher:
+        return Batcher(
+            max_batch_tokens=self._config.max_batch_tokens,
+            max_sequences=self._config.max_sequences,
+            block_size=self._config.block_size,
+            num_blocks=self.num_blocks,
+            max_lanes=self._config.lanes,
         )
-        sampled = {one.request_id: token for one, token in zip(sampling, tokens, strict=True)}
+
+    def _run(self, plan: StepPlan, pool: ExpertPool) -> list[TokenChoice | SamplingFault]:
+        """The outcome for each sequence that samples, in the order of the plan."""
+        logits_BV = self._runner.forward(plan, pool)
+        sampling = _sampling(plan)
+        return sample_tokens(
+            logits_BV,
+            [self._params[planned.request_id] for planned in sampling],
+            [planned.start + planned.num_tokens for planned in sampling],
+        )
+
+    def _complete(
+        self, plan: StepPlan, choices: Sequence[TokenChoice | SamplingFault]
+    ) -> StepOutcome:
+        tokens: dict[str, TokenChoice] = {}
+        failures: list[RequestFailure] = []
+        for planned, choice in zip(_sampling(plan), choices, strict=True):
+            if isinstance(choice, SamplingFault):
+                failures += self._fail([planned.request_id], choice.reason).failures
+            else:
+                tokens[planned.request_id] = choice
+        token_ids = {request_id: choice.token_id for request_id, choice in tokens.items()}
         outputs = [
             TokenOutput(
-                request_id=done.request_id,
-                token_id=done.token_id,
-                logprobs=sampled[done.request_id].logprobs,
-                finish_reason=done.finish_reason,
+                request_id=sampled.request_id,
+                token_id=sampled.token_id,
+                logprobs=tokens[sampled.request_id].logprobs,
+                finish_reason=sampled.finish_reason,
             )
-            for done in self.batcher.complete(
-                plan, {request_id: token.token_id for request_id, token in sampled.items()}
-            )
+            for sampled in self.batcher.complete(plan, token_ids)
         ]
         for output in outputs:
             if output.finish_reason is not None:
                 del self._params[output.request_id]
-        return outputs
+        return StepOutcome(outputs=outputs, failures=failures)
+
+    def _fail(self, request_ids: Iterable[str], reason: str) -> StepOutcome:
+        failed = list(request_ids)
+        for request_id in failed:
+            logger.error("request %s failed: %s", request_id, reason)
+            self.abort(request_id)
+        return StepOutcome(
+            failures=[RequestFailure(request_id=name, reason=reason) for name in failed]
+        )
+
+
+def _sampling(plan: StepPlan) -> list[SequencePlan]:
+    return [planned for planned in plan.sequences if planned.samples]
 
 
 def _num_blocks(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype, max_context: int) -> int:

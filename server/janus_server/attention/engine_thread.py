@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from janus_proto.v1 import worker_pb2
 from janus_scheduler.request import SamplingParams
-from janus_server.attention.engine import Engine, TokenOutput
+from janus_server.attention.engine import Engine, RequestFailure, TokenOutput
 from janus_server.comm.base import ExpertPool
 
 logger = logging.getLogger(__name__)
@@ -15,12 +15,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one turn of the engine brought."""
+    """What one turn of the engine brought; published also where that is nothing but its load."""
 
     step: int
     outputs: Sequence[TokenOutput]
-    ended: Sequence[str]
-    """Requests that ended without a token: aborted or refused. Their KV blocks are free."""
+    aborted: Sequence[str]
+    """Requests that were dropped as asked. Their KV blocks are free."""
+    failures: Sequence[RequestFailure]
     load: worker_pb2.EngineLoad
 
 
@@ -43,42 +44,59 @@ class EngineThread:
         self._pool = pool
         self._publish = publish
         self._keepalive_s = keepalive_s
-        self._commands: queue.SimpleQueue[Callable[[], str | None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._aborted: list[str] = []
+        self._refused: list[RequestFailure] = []
+        """Both: not published yet."""
+        self._num_idle_waits = 0
         self._stopping = False
 
     def run(self) -> None:
-        """Run steps until `stop`; raises what the engine raises."""
+        """Run steps until `stop`; raises PeerLostError where the experts are lost."""
         while True:
-            ended = self._take_commands()
+            self._take_commands()
             if self._stopping:
                 self._pool.close()
                 return
-            outputs = self._engine.step(self._pool) if self._engine.has_work else []
+            outcome = self._engine.step(self._pool)
             if not self._engine.has_work:
-                self._engine.batcher.check_integrity()
-            if outputs or ended:
-                self._publish(
-                    StepResult(
-                        step=self._engine.steps, outputs=outputs, ended=ended, load=self.load()
-                    )
+                self._check_integrity()
+            self._publish(
+                StepResult(
+                    step=self._engine.steps,
+                    outputs=outcome.outputs,
+                    aborted=self._aborted,
+                    failures=[*self._refused, *outcome.failures],
+                    load=self.load(),
                 )
+            )
+            self._aborted, self._refused = [], []
 
     def submit(self, request_id: str, prompt_ids: tuple[int, ...], params: SamplingParams) -> None:
-        """Queue a request; one that cannot run comes back in StepResult.ended."""
+        """Queue a request; one that cannot run comes back in StepResult.failures."""
 
-        def add() -> str | None:
+        def add() -> None:
             try:
                 self._engine.add(request_id, prompt_ids, params)
             except ValueError as error:
                 logger.error("refused a request: %s", error)
-                return request_id
-            return None
+                self._refused.append(RequestFailure(request_id=request_id, reason=str(error)))
 
         self._commands.put(add)
 
     def abort(self, request_id: str) -> None:
         """Drop a request at the next step boundary; unknown ids do nothing."""
-        self._commands.put(lambda: request_id if self._engine.abort(request_id) else None)
+
+        def drop() -> None:
+            if self._engine.abort(request_id):
+                self._aborted.append(request_id)
+
+        self._commands.put(drop)
+
+    @property
+    def progress(self) -> int:
+        """Grows while the engine computes and while it waits for work; stands still if it hangs."""
+        return self._engine.progress + self._num_idle_waits
 
     def load(self) -> worker_pb2.EngineLoad:
         """What the engine holds now."""
@@ -96,25 +114,30 @@ class EngineThread:
         """Ask `run` to return after the running step, dropping what is left."""
         self._commands.put(None)
 
-    def _take_commands(self) -> list[str]:
+    def _check_integrity(self) -> None:
+        """Nobody has a request here; should blocks be missing even so, take new books."""
+        try:
+            self._engine.batcher.check_integrity()
+        except AssertionError:
+            self._engine.start_anew("the attention worker lost KV blocks")
+
+    def _take_commands(self) -> None:
         """Run the queued commands; while there is no work, wait for one and show signs of life."""
-        ended: list[str] = []
-        while True:
-            idle = not self._engine.has_work and not ended
+        while not self._stopping:
+            idle = not (self._engine.has_work or self._aborted or self._refused)
             try:
                 command = self._idle_wait() if idle else self._commands.get_nowait()
             except queue.Empty:
-                return ended
+                return
             if command is None:
                 self._stopping = True
-                return ended
-            request_id = command()
-            if request_id is not None:
-                ended.append(request_id)
+            else:
+                command()
 
-    def _idle_wait(self) -> Callable[[], str | None] | None:
+    def _idle_wait(self) -> Callable[[], None] | None:
         while True:
             self._pool.idle()
+            self._num_idle_waits += 1
             try:
                 return self._commands.get(timeout=self._keepalive_s)
             except queue.Empty:

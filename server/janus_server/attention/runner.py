@@ -24,8 +24,10 @@ from janus_kernels.rotary import apply_rotary, rotary_tables
 from janus_scheduler.batching import SequencePlan, StepPlan
 from janus_scheduler.model_spec import ModelSpec
 from janus_server.attention.kv_cache import KvCache
+from janus_server.attention.step_exchange import StepExchange
 from janus_server.attention.weights import AttentionLayerWeights, AttentionWeights, DenseFfnWeights
-from janus_server.comm.base import DispatchHandle, ExpertPool
+from janus_server.comm.base import ExpertPool
+from janus_server.errors import PeerLostError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,8 +40,6 @@ class _Lane:
     slots_T: torch.Tensor
     spans: Sequence[SequenceSpan]
     sampled_rows: list[int]
-    handle: DispatchHandle | None = None
-    """The mixture that is under way for this lane."""
 
 
 class AttentionRunner:
@@ -57,6 +57,8 @@ class AttentionRunner:
         self._weights = weights
         self._kv_cache = kv_cache
         self._device = weights.embedding_VH.device
+        self.progress = 0
+        """Grows with every layer and lane that is computed: it stands still where a step hangs."""
         self._cos_PD, self._sin_PD = rotary_tables(
             head_dim=spec.head_dim,
             theta=spec.rope_theta,
@@ -67,21 +69,44 @@ class AttentionRunner:
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan, pool: ExpertPool) -> torch.Tensor:
-        """Logits fp32 [B, V] of the sequences that sample, in the order of the plan."""
-        pool.begin_step(plan.lane_tokens)
-        lanes = [self._prepare(sequences) for sequences in plan.lanes]
-        for layer, weights in enumerate(self._weights.layers):
+        """Logits fp32 [B, V] of the sequences that sample, in the order of the plan.
+
+        Whatever it raises, but for PeerLostError, the experts have been walked through the step.
+        """
+        exchange = StepExchange(
+            pool, moe_layers=self._spec.moe_layers, lane_tokens=plan.lane_tokens
+        )
+        try:
+            lanes = [self._prepare(sequences) for sequences in plan.lanes]
+            for layer, weights in enumerate(self._weights.layers):
+                for index, lane in enumerate(lanes):
+                    self._layer(layer, weights, index, lane, exchange)
+                    self.progress += 1
             for index, lane in enumerate(lanes):
-                self._settle(lane, pool)
-                lane.hidden_TH = lane.hidden_TH + self._attention(layer, weights, lane)
-                normed_TH = rms_norm(lane.hidden_TH, weights.ffn_norm_H, self._spec.rms_norm_eps)
-                if weights.dense_ffn is None:
-                    lane.handle = pool.dispatch(layer, index, normed_TH)
-                else:
-                    lane.hidden_TH = lane.hidden_TH + _dense_ffn(weights.dense_ffn, normed_TH)
-        for lane in lanes:
-            self._settle(lane, pool)
+                self._settle(index, lane, exchange)
+        except PeerLostError:
+            raise
+        except Exception:
+            exchange.walk_to_end(self._spec.hidden_size, self._weights.embedding_VH.dtype)
+            raise
         return self._logits(torch.cat([lane.hidden_TH[lane.sampled_rows] for lane in lanes]))
+
+    def _layer(
+        self,
+        layer: int,
+        weights: AttentionLayerWeights,
+        index: int,
+        lane: _Lane,
+        exchange: StepExchange,
+    ) -> None:
+        """Attention of lane number `index`, then its dense feed-forward part or its dispatch."""
+        self._settle(index, lane, exchange)
+        lane.hidden_TH = lane.hidden_TH + self._attention(layer, weights, lane)
+        normed_TH = rms_norm(lane.hidden_TH, weights.ffn_norm_H, self._spec.rms_norm_eps)
+        if weights.dense_ffn is None:
+            exchange.dispatch(layer, index, normed_TH)
+        else:
+            lane.hidden_TH = lane.hidden_TH + _dense_ffn(weights.dense_ffn, normed_TH)
 
     def _prepare(self, sequences: Sequence[SequencePlan]) -> _Lane:
         token_ids: list[int] = []
@@ -114,12 +139,11 @@ class AttentionRunner:
             sampled_rows=sampled_rows,
         )
 
-    def _settle(self, lane: _Lane, pool: ExpertPool) -> None:
-        """Add the result of the mixture under way, where there is one."""
-        if lane.handle is not None:
-            mixed_TH = pool.combine(lane.handle)
+    def _settle(self, index: int, lane: _Lane, exchange: StepExchange) -> None:
+        """Add the result of the lane's mixture under way, where there is one."""
+        mixed_TH = exchange.combine(index)
+        if mixed_TH is not None:
             lane.hidden_TH = lane.hidden_TH + mixed_TH.to(self._device, lane.hidden_TH.dtype)
-            lane.handle = None
 
     def _attention(self, layer: int, weights: AttentionLayerWeights, lane: _Lane) -> torch.Tensor:
         spec = self._spec

@@ -31,14 +31,18 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
     def __init__(self) -> None:
         self.engine: EngineThread | None = None
         """Set once the epoch's engine runs; commands before that are refused as UNAVAILABLE."""
+        self._outboxes: set[_Outbox] = set()
+        """Of each stream."""
         self._outbox_of: dict[str, _Outbox] = {}
+        """Request id -> the outbox of the stream that it came over."""
 
     def publish(self, result: StepResult) -> None:
         """Send one step's outputs out; call it on the event loop."""
         messages: dict[_Outbox, worker_pb2.RunResponse] = {}
         for output in [
             *map(_sequence_output, result.outputs),
-            *map(_ended_output, result.ended),
+            *(_ended_output(request_id) for request_id in result.aborted),
+            *(_ended_output(failed.request_id, failed.reason) for failed in result.failures),
         ]:
             outbox = self._outbox_of.get(output.request_id)
             if outbox is None:
@@ -51,6 +55,24 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
             message.outputs.append(output)
         for outbox, message in messages.items():
             outbox.put_nowait(message)
+        self._show_life(worker_pb2.RunResponse(step=result.step, load=result.load))
+
+    async def watch(self, engine: EngineThread, interval_s: float) -> None:
+        """Show on every stream, once an interval, that the engine does not hang; until cancelled.
+
+        Where it hangs the streams fall silent, so that the endpoint can give up waiting.
+        """
+        progress = -1
+        while True:
+            await asyncio.sleep(interval_s)
+            if engine.progress != progress:
+                progress = engine.progress
+                self._show_life(worker_pb2.RunResponse(load=engine.load()))
+
+    def _show_life(self, message: worker_pb2.RunResponse) -> None:
+        for outbox in self._outboxes:
+            if outbox.empty():  # what is in it shows as much, once it is read
+                outbox.put_nowait(message)
 
     async def Run(
         self,
@@ -62,6 +84,7 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
         # Bounded by the tokens of the requests that the endpoint admits.
         outbox: _Outbox = asyncio.Queue()
         outbox.put_nowait(worker_pb2.RunResponse(load=engine.load()))
+        self._outboxes.add(outbox)
         commands = asyncio.create_task(self._take_commands(engine, request_iterator, outbox))
         try:
             while not commands.done():
@@ -73,6 +96,7 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
                     message.cancel()
         finally:
             commands.cancel()
+            self._outboxes.discard(outbox)
             for request_id in [name for name, box in self._outbox_of.items() if box is outbox]:
                 del self._outbox_of[request_id]
                 engine.abort(request_id)
@@ -106,7 +130,7 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
                 submit = request.submit
                 if submit.request_id in self._outbox_of:
                     logger.error("refused a second request with the id %s", submit.request_id)
-                    ended = _ended_output(submit.request_id)
+                    ended = _ended_output(submit.request_id, "its id at the worker is in use")
                     outbox.put_nowait(worker_pb2.RunResponse(outputs=[ended], load=engine.load()))
                     continue
                 self._outbox_of[submit.request_id] = outbox
@@ -143,7 +167,9 @@ def _sequence_output(output: TokenOutput) -> worker_pb2.SequenceOutput:
     return message
 
 
-def _ended_output(request_id: str) -> worker_pb2.SequenceOutput:
+def _ended_output(request_id: str, failure: str = "") -> worker_pb2.SequenceOutput:
     return worker_pb2.SequenceOutput(
-        request_id=request_id, finish_reason=_FINISH_REASONS[FinishReason.ABORT]
+        request_id=request_id,
+        finish_reason=_FINISH_REASONS[FinishReason.ABORT],
+        failure=failure,
     )

@@ -91,13 +91,10 @@ async def _serve_epoch(
     engine = await WorkThread(lambda: _load_engine(config, checkpoint), name="loading").result()
     epoch = await wait_for_epoch(control, timeout_s=config.comm.startup_timeout_s)
     pool = await WorkThread(lambda: join(epoch, worker_id), name="joining the group").result()
-    steps = EngineThread(
-        engine,
-        pool,
-        publish=publish,
-        keepalive_s=config.comm.comm_timeout_s / SIGNS_PER_TIMEOUT,
-    )
+    keepalive_s = config.comm.comm_timeout_s / SIGNS_PER_TIMEOUT
+    steps = EngineThread(engine, pool, publish=publish, keepalive_s=keepalive_s)
     thread = WorkThread(steps.run, name="the engine's step")
+    watching = asyncio.create_task(service.watch(steps, keepalive_s), name="watching the engine")
     service.engine = steps
     control.set_ready(epoch.number)
     logger.info("%s serves epoch %d", worker_id, epoch.number)
@@ -107,6 +104,8 @@ async def _serve_epoch(
         steps.stop()
         await thread.end(grace_s=_STOP_GRACE_S, abandon=pool.abandon)
         raise
+    finally:
+        watching.cancel()
 
 
 def _load_engine(config: AttentionConfig, checkpoint: Checkpoint) -> Engine:

@@ -11,7 +11,7 @@ from janus_proto.v1 import control_pb2, inference_pb2, worker_pb2
 from janus_proto.v1.worker_pb2_grpc import AttentionWorkerServiceStub
 from janus_server.comm.control_client import ControlClient
 from janus_server.endpoint.streams import RequestStream
-from janus_server.errors import UnavailableError
+from janus_server.errors import RequestFailedError, UnavailableError
 from janus_server.grpc_server import channel_options
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,8 @@ class WorkerLink:
                     continue  # aborted from here
                 if output.finish_reason:
                     del self._streams[output.request_id]
+                if output.failure:
+                    stream.fail(RequestFailedError(output.failure))
                 stream.put(output)
 
     async def _outgoing(

@@ -1,5 +1,6 @@
 """Compute one expert worker's share of an MoE layer."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from janus_kernels.schedule_counts import zero_counts
 from janus_scheduler.activation import Scheduling
 from janus_scheduler.model_spec import ModelSpec
 from janus_server.experts.weights import ExpertLayerWeights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +63,18 @@ class ExpertRunner:
             self._schedule(layer, ids_TK)
 
     def partial(self, layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of this worker's experts for each token, [T, H] in the dtype of hidden."""
+        """Weighted sum of this worker's experts for each token, [T, H] in the dtype of hidden.
+
+        Where it fails the rows are NaN: the requests of these tokens then end at their attention
+        workers, and nobody is left waiting for an answer.
+        """
+        try:
+            return self._partial(layer, hidden_TH)
+        except Exception:
+            logger.exception("cannot compute the experts of layer %d", layer)
+            return torch.full_like(hidden_TH, torch.nan)
+
+    def _partial(self, layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:
         weights = self._layers[layer]
         topk_ids_TK, topk_weights_TK = router_topk(
             linear(hidden_TH, weights.gate_EH),

@@ -2,17 +2,13 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from janus_scheduler.request import FinishReason, SamplingParams
-from janus_server.attention.config import EngineConfig
 from janus_server.attention.engine import Engine
-from janus_server.attention.weights import load_attention_weights
 from janus_server.errors import ConfigError
-from janus_server.model.checkpoint import Checkpoint
-from janus_server.model.weights import WeightReader
 from tests.conftest import CheckpointFactory
 from tests.fakes.decoding import local_pool
+from tests.fakes.engines import make_engine
 
 PROMPT = (5, 99, 200, 14)
 
@@ -22,18 +18,11 @@ def folder(make_checkpoint: CheckpointFactory) -> Path:
     return make_checkpoint()
 
 
-def make_engine(folder: Path, **config: float) -> Engine:
-    checkpoint = Checkpoint.open(folder)
-    with WeightReader(checkpoint, dtype=torch.float32, device=torch.device("cpu")) as reader:
-        weights = load_attention_weights(reader)
-    return Engine(checkpoint.spec, weights, EngineConfig(**{"kv_cache_gib": 0.01, **config}))
-
-
 def run(folder: Path, engine: Engine) -> dict[str, list[int]]:
     pool = local_pool(folder, 2)
     tokens: dict[str, list[int]] = {}
     while engine.has_work:
-        for output in engine.step(pool):
+        for output in engine.step(pool).outputs:
             tokens.setdefault(output.request_id, []).append(output.token_id)
     engine.batcher.check_integrity()
     return tokens
@@ -52,7 +41,7 @@ def test_stops_at_a_stop_token_and_at_max_tokens(folder: Path) -> None:
     pool = local_pool(folder, 2)
     outputs = []
     while engine.has_work:
-        outputs += engine.step(pool)
+        outputs += engine.step(pool).outputs
     assert [output.token_id for output in outputs] == free[: free.index(stop) + 1]
     assert outputs[-1].finish_reason is FinishReason.STOP
     assert len(free) == 8
@@ -86,7 +75,7 @@ def test_logprobs_only_where_asked(folder: Path) -> None:
     engine = make_engine(folder)
     engine.add("with", PROMPT, params(num_logprobs=2, max_tokens=1))
     engine.add("without", PROMPT, params(max_tokens=1))
-    outputs = {output.request_id: output for output in engine.step(local_pool(folder, 2))}
+    outputs = {output.request_id: output for output in engine.step(local_pool(folder, 2)).outputs}
     logprobs = outputs["with"].logprobs
     assert logprobs is not None
     assert logprobs.top_ids[0] == outputs["with"].token_id

@@ -180,6 +180,22 @@ def test_abort_ends_the_stream_with_what_has_come(tmp_path: Path) -> None:
     within_deadline(check())
 
 
+def test_a_request_that_the_worker_fails_ends_alone(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with running_endpoint(tmp_path) as endpoint:
+            failing, failing_submit = await begin(endpoint)
+            other, other_submit = await begin(endpoint)
+            endpoint.worker.put(failing_submit, [], ABORT, failure="its logits are not finite")
+            assert await refused(failing) == (
+                grpc.StatusCode.INTERNAL,
+                "its logits are not finite",
+            )
+            endpoint.worker.put(other_submit, ids("fine"), LENGTH)
+            assert (await finished(other)).text == "fine"
+
+    within_deadline(check())
+
+
 def test_abort_of_what_does_not_run(tmp_path: Path) -> None:
     async def check() -> None:
         async with running_endpoint(tmp_path) as endpoint:

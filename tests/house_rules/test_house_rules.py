@@ -100,6 +100,7 @@ def test_no_pickle_and_no_remote_code() -> None:
 def test_broad_except_only_where_a_fault_is_contained() -> None:
     allowed = {
         "janus_server/attention/engine.py",  # ends the requests of a step
+        "janus_server/attention/engine_thread.py",  # ends a request that cannot be taken up
         "janus_server/attention/runner.py",  # walks the experts to the step's end, raises again
         "janus_server/attention/sampler.py",  # ends the request of a row
         "janus_server/attention/step_exchange.py",  # gives the peers up, by name

@@ -97,10 +97,10 @@ class Engine:
         # The last token is sampled but never fed.
         if total > self.max_context or total - 1 > self.num_blocks * self.batcher.block_size:
             raise ValueError(f"request {request_id} needs room for {total} tokens, too many here")
-        self._params[request_id] = params
         self.batcher.add(
             RequestSequence(request_id=request_id, prompt_ids=prompt_ids, params=params)
         )
+        self._params[request_id] = params
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its KV blocks; false if it is not here (any more)."""
@@ -116,6 +116,7 @@ class Engine:
         try:
             plan = self.batcher.plan()
             if plan is None:
+                assert not self._params, "no plan takes up the requests that are left"
                 return StepOutcome()
             self.steps += 1
             try:

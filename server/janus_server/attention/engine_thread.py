@@ -80,7 +80,13 @@ class EngineThread:
                 self._engine.add(request_id, prompt_ids, params)
             except ValueError as error:
                 logger.error("refused a request: %s", error)
-                self._refused.append(RequestFailure(request_id=request_id, reason=str(error)))
+                reason = str(error)
+            except Exception:
+                logger.exception("cannot take up request %s", request_id)
+                reason = "the attention worker could not take it up; its log says why"
+            else:
+                return
+            self._refused.append(RequestFailure(request_id=request_id, reason=reason))
 
         self._commands.put(add)
 

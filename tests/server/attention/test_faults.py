@@ -196,6 +196,16 @@ def test_books_that_are_wrong_are_replaced(folder: Path, right: dict[str, list[i
     assert run(engine, local_pool(folder, 2)) == (right, {})
 
 
+def test_requests_that_no_plan_takes_up_are_ended(folder: Path) -> None:
+    engine = make_engine(folder)
+    add(engine)
+    for request_id in PROMPTS:
+        engine.batcher.abort(request_id)
+    outcome = engine.step(local_pool(folder, 2))
+    assert {failure.request_id for failure in outcome.failures} == PROMPTS.keys()
+    assert not engine.has_work
+
+
 @pytest.mark.parametrize("broken_layer", [0, 2])
 def test_the_other_attention_worker_goes_on(
     folder: Path, right: dict[str, list[int]], broken_layer: int

@@ -7,13 +7,20 @@ import torch
 
 
 def rotary_tables(
-    *, head_dim: int, theta: float, max_context: int, dtype: torch.dtype, device: torch.device
+    inverse_frequencies_C: torch.Tensor,
+    *,
+    factor: float = 1.0,
+    max_context: int,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [P, D] of every position; computed in fp32, then rounded to `dtype`."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    position = torch.arange(max_context, dtype=torch.float32, device=device)
-    angle = torch.outer(position, 1.0 / theta**exponent).repeat(1, 2)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    """Cosines and sines [P, D] of every position, times `factor`.
+
+    `inverse_frequencies_C` is fp32, in radians a position; so are the tables, until they are
+    rounded to `dtype`.
+    """
+    position = torch.arange(max_context, dtype=torch.float32, device=inverse_frequencies_C.device)
+    angle = torch.outer(position, inverse_frequencies_C).repeat(1, 2)
+    return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
 
 
 def apply_rotary(x_TND: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,45 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class YarnScaling:
+    """Divide slow frequencies, keep fast ones, with a ramp between (Peng et al., 2023)."""
+
+    original_context: int
+    """Positions before the context was made longer."""
+    beta_fast: float
+    """From this many turns over the original context on, a frequency is kept."""
+    beta_slow: float
+    """Down to this many turns, it is divided."""
+    truncate: bool
+    """Whether the ramp starts and ends at whole dimensions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Llama3Scaling:
+    """Divide long wavelengths, keep short ones, with a ramp between, as Llama 3.1 does."""
+
+    original_context: int
+    """Positions before the context was made longer."""
+    low_freq_factor: float
+    """Wavelengths above original_context divided by this are divided."""
+    high_freq_factor: float
+    """Wavelengths below original_context divided by this are kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeSpec:
+    """How the heads of queries and keys are rotated by their positions."""
+
+    theta: float
+    """Base of the frequencies."""
+    factor: float = 1.0
+    """What frequencies are divided by: all of them, or those that `scaling` says."""
+    scaling: YarnScaling | Llama3Scaling | None = None
+    attention_factor: float = 1.0
+    """What cosines and sines are multiplied by."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
     """Shapes and constants of one Mixture-of-Experts decoder, whatever its family."""
 
@@ -29,7 +68,7 @@ class ModelSpec:
     attention_bias: bool
     tied_embeddings: bool
     """Whether the LM head is the embedding table."""
-    rope_theta: float
+    rope: RopeSpec
     rms_norm_eps: float
     max_context: int
     """Positions the model was made for."""

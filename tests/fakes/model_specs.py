@@ -1,6 +1,6 @@
 """Model facts for tests that need no weights."""
 
-from janus_scheduler.model_spec import ModelSpec
+from janus_scheduler.model_spec import ModelSpec, RopeSpec
 
 SMALL_SPEC = ModelSpec(
     family="qwen3_moe",
@@ -18,7 +18,7 @@ SMALL_SPEC = ModelSpec(
     dense_intermediate_size=8,
     attention_bias=False,
     tied_embeddings=True,
-    rope_theta=10_000.0,
+    rope=RopeSpec(theta=10_000.0),
     rms_norm_eps=1e-6,
     max_context=64,
     eos_token_ids=(0,),

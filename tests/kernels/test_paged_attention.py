@@ -57,7 +57,7 @@ def test_rms_norm_by_hand() -> None:
 
 def test_rotary_by_hand() -> None:
     cos_PD, sin_PD = rotary_tables(
-        head_dim=2, theta=10.0, max_context=4, dtype=torch.float32, device=CPU
+        torch.tensor([1.5]), factor=3.0, max_context=4, dtype=torch.float32
     )
     rotated = apply_rotary(torch.tensor([[[1.0, 0.0]]]), cos_PD[2:3], sin_PD[2:3])
-    torch.testing.assert_close(rotated[0, 0], torch.tensor([math.cos(2.0), math.sin(2.0)]))
+    torch.testing.assert_close(rotated[0, 0], 3 * torch.tensor([math.cos(3.0), math.sin(3.0)]))

@@ -28,6 +28,7 @@ from janus_server.attention.step_exchange import StepExchange
 from janus_server.attention.weights import AttentionLayerWeights, AttentionWeights, DenseFfnWeights
 from janus_server.comm.base import ExpertPool
 from janus_server.errors import PeerLostError
+from janus_server.model.rope import inverse_frequencies
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,11 +61,10 @@ class AttentionRunner:
         self.progress = 0
         """Grows with every layer and lane that is computed: it stands still where a step hangs."""
         self._cos_PD, self._sin_PD = rotary_tables(
-            head_dim=spec.head_dim,
-            theta=spec.rope_theta,
+            inverse_frequencies(spec.rope, spec.head_dim).to(self._device),
+            factor=spec.rope.attention_factor,
             max_context=max_context,
             dtype=weights.embedding_VH.dtype,
-            device=self._device,
         )
 
     @torch.inference_mode()

@@ -54,8 +54,13 @@ class Checkpoint:
         except (KeyError, ValueError) as error:
             reason = f"has no {error}" if isinstance(error, KeyError) else f"is unusable: {error}"
             raise CheckpointError(f"{config_path} {reason}") from None
-        spec = dataclasses.replace(spec, eos_token_ids=_eos_token_ids(folder, config, spec))
         shards = _find_shards(folder)
+        spec = dataclasses.replace(
+            spec,
+            eos_token_ids=_eos_token_ids(folder, config, spec),
+            # A head of its own is used whatever config.json says, as in transformers.
+            tied_embeddings=spec.tied_embeddings and family.names.lm_head not in shards,
+        )
         _check_tensors(folder, family.tensor_shapes(spec), shards)
         return cls(
             path=folder,
@@ -79,7 +84,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _eos_token_ids(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> tuple[int, ...]:
-    # Chat models list further end tokens in generation_config.json; it wins, as in transformers.
+    # Chat models list further end tokens in generation_config.json; they win, as in transformers.
+    # Where it lists none, those of config.json still end a text; transformers would go on.
     path = folder / "generation_config.json"
     eos = _read_json(path).get("eos_token_id") if path.exists() else None
     if eos is None:

@@ -28,9 +28,9 @@ def integer(
 
 
 def number(
-    config: Mapping[str, Any], key: str, default: float, *, low: float, high: float
+    config: Mapping[str, Any], key: str, default: float | None = None, *, low: float, high: float
 ) -> float:
-    """The number at `key`, from `low` to `high`."""
+    """The number at `key`, from `low` to `high`; without a default the key is needed."""
     value = _get(config, key, default)
     if type(value) not in (int, float) or not low <= value <= high:
         raise ValueError(f"{key} must be a number from {low:g} to {high:g}, not {shown(value)}")

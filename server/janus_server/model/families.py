@@ -106,7 +106,7 @@ def family_of(config: Mapping[str, Any], config_path: Path) -> Family:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _MODULES:
         raise CheckpointError(
-            f"{config_path} is of the model family {shown(model_type)}; served are "
+            f"{config_path} has the model_type {shown(model_type)}; served are "
             + ", ".join(sorted(_MODULES))
         )
     family: Family = importlib.import_module(_MODULES[model_type]).FAMILY

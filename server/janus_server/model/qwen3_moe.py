@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from janus_scheduler.model_spec import ModelSpec
-from janus_server.model.config_json import boolean, integer, integers, number, shown, table
+from janus_server.model.config_json import boolean, integer, integers, number
 from janus_server.model.families import Family, TensorNames
+from janus_server.model.rope_config import rope_spec
+from janus_server.model.unserved_keys import refuse_unserved
 
 MAX_LAYERS = 512
 """Several times what any such model has; with MAX_EXPERTS it bounds the list of tensors."""
@@ -21,17 +23,15 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
     The sizes of the tensors must be given, but for head_dim, which follows from the others. All
     else that is absent takes the defaults of `transformers.Qwen3MoeConfig`.
     """
-    if config.get("hidden_act") not in (None, "silu"):
-        raise ValueError(f'hidden_act {shown(config["hidden_act"])} is not served, only "silu"')
-    if boolean(config, "use_sliding_window"):
-        raise ValueError("use_sliding_window is not served")
+    refuse_unserved(config)
     num_layers = integer(config, "num_hidden_layers", high=MAX_LAYERS)
-    # Newer configs spell it num_local_experts.
-    spelling = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    # The newer spelling wins, as in `transformers`.
+    is_new = config.get("num_local_experts") is not None
+    spelling = "num_local_experts" if is_new else "num_experts"
     num_experts = integer(config, spelling, high=MAX_EXPERTS)
     top_k = integer(config, "num_experts_per_tok", 8)
     if top_k > num_experts:
-        raise ValueError(f"num_experts_per_tok is {top_k}, more than num_experts {num_experts}")
+        raise ValueError(f"num_experts_per_tok is {top_k}, more than {spelling} {num_experts}")
     num_heads = integer(config, "num_attention_heads")
     num_kv_heads = integer(config, "num_key_value_heads")
     if num_heads % num_kv_heads:
@@ -42,6 +42,7 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
     head_dim = integer(config, "head_dim", hidden_size // num_heads)
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, not {head_dim}: its halves are rotated as pairs")
+    max_context = integer(config, "max_position_embeddings", 32_768, low=2, high=MAX_CONTEXT)
     moe_layers = _moe_layers(config, num_layers)
     return ModelSpec(
         family="qwen3_moe",
@@ -61,9 +62,9 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
         ),
         attention_bias=boolean(config, "attention_bias"),
         tied_embeddings=boolean(config, "tie_word_embeddings"),
-        rope_theta=_rope_theta(config),
+        rope=rope_spec(config, head_dim=head_dim, max_context=max_context),
         rms_norm_eps=number(config, "rms_norm_eps", 1e-6, low=0, high=1),
-        max_context=integer(config, "max_position_embeddings", 32_768, low=2, high=MAX_CONTEXT),
+        max_context=max_context,
     )
 
 
@@ -78,16 +79,6 @@ def _moe_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     if not moe_layers:
         raise ValueError("mlp_only_layers and decoder_sparse_step leave no layer with experts")
     return moe_layers
-
-
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    # Newer configs keep all of it in rope_parameters, older ones beside the rest.
-    rope = table(config, "rope_parameters") or table(config, "rope_scaling")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f'rope type {shown(kind)} is not served, only "default"')
-    where = rope if rope.get("rope_theta") is not None else config
-    return number(where, "rope_theta", 10_000.0, low=1, high=1e12)
 
 
 FAMILY = Family(

@@ -7,6 +7,7 @@ layers of a model push each other out of the caches.
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -27,7 +28,14 @@ _MIN_TOKENS, _MAX_TOKENS = 16, 128
 _REPEATS = 7
 
 
-def measure_costs(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> ActivationCosts:
+def measure_costs(
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    ffn: Callable[..., torch.Tensor] = expert_ffn,
+    clock: Callable[[], float] = time.perf_counter,
+) -> ActivationCosts:
     """Time probes of this model's experts on this worker; takes up to a second or two."""
     hidden, inner = spec.hidden_size, spec.expert_intermediate_size
     expert_bytes = 3 * hidden * inner * dtype.itemsize
@@ -55,11 +63,11 @@ def measure_costs(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) 
         times: list[float] = []
         for repeat in range(_REPEATS + 1):
             gate_up, down = sets[repeat % num_sets]
-            start = time.perf_counter()
-            expert_ffn(hidden_TH, slots_TK, scale_TK, tokens_C, gate_up, down, first_slot=0)
+            start = clock()
+            ffn(hidden_TH, slots_TK, scale_TK, tokens_C, gate_up, down, first_slot=0)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         return statistics.median(times[1:])
 
     with torch.inference_mode():

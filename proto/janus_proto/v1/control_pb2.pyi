@@ -158,7 +158,9 @@ class HeartbeatRequest(_message.Message):
     ready_epoch: _builtins.int
     """Number of the epoch the worker is ready to serve; 0: none yet."""
     @_builtins.property
-    def expert_load(self) -> Global___ExpertLoad: ...
+    def expert_load(self) -> Global___ExpertLoad:
+        """Of an expert worker; unset where it could not be had in time."""
+
     def __init__(
         self,
         *,

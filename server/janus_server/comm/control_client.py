@@ -15,6 +15,7 @@ import grpc.aio
 
 from janus_proto.v1 import control_pb2
 from janus_proto.v1.control_pb2_grpc import ControlServiceStub
+from janus_server.comm.load_report import LoadReport
 from janus_server.errors import ConfigError, UnavailableError
 from janus_server.grpc_server import channel_options
 
@@ -25,19 +26,18 @@ LOST_AFTER_INTERVALS = 10
 
 _RECONNECT_TIMEOUT_S = 30.0
 
+_LOAD_DEADLINE_S = 0.5
+"""How long a heartbeat waits for the load that it reports, in seconds."""
+
 
 class ControlClient:
     """A connection to the controller at `address` (HOST:PORT); `close` it."""
-
-    expert_load: Callable[[], control_pb2.ExpertLoad] | None
-    """What each heartbeat reports as the load of this expert worker; None: nothing."""
 
     lost: asyncio.Event
     """Set once the controller stays silent or no longer knows this worker."""
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.expert_load = None
         self.lost = asyncio.Event()
         self._channel = grpc.aio.insecure_channel(address, options=channel_options())
         self._stub = ControlServiceStub(self._channel)
@@ -45,6 +45,7 @@ class ControlClient:
         self._ready_epoch = 0
         self._wake = asyncio.Event()
         self._heartbeats: asyncio.Task[None] | None = None
+        self._load_report: LoadReport | None = None
 
     async def register(
         self,
@@ -85,12 +86,17 @@ class ControlClient:
         self._heartbeats = asyncio.create_task(
             self._send_heartbeats(response.heartbeat_interval_s), name="heartbeats"
         )
+        self._heartbeats.add_done_callback(self._note_end_of_heartbeats)
         return response.worker_id
 
     def set_ready(self, epoch: int) -> None:
         """Report from now on that this worker is ready to serve `epoch` (0: none)."""
         self._ready_epoch = epoch
         self._wake.set()
+
+    def report_load(self, take: Callable[[], control_pb2.ExpertLoad]) -> None:
+        """Report with each heartbeat from now on what `take`, called in a thread, returns."""
+        self._load_report = LoadReport(take)
 
     async def epochs(
         self, *, timeout_s: float = _RECONNECT_TIMEOUT_S
@@ -133,10 +139,10 @@ class ControlClient:
         answered_at = loop.time()
         while not self.lost.is_set():
             self._wake.clear()
+            report = self._load_report
+            load = await report.within(_LOAD_DEADLINE_S) if report else None
             request = control_pb2.HeartbeatRequest(
-                worker_id=self._worker_id,
-                ready_epoch=self._ready_epoch,
-                expert_load=self.expert_load() if self.expert_load else None,
+                worker_id=self._worker_id, ready_epoch=self._ready_epoch, expert_load=load
             )
             try:
                 await self._stub.Heartbeat(request, timeout=LOST_AFTER_INTERVALS * interval_s)
@@ -154,6 +160,12 @@ class ControlClient:
                     self.lost.set()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), interval_s)
+
+    def _note_end_of_heartbeats(self, heartbeats: asyncio.Task[None]) -> None:
+        # Without heartbeats the controller takes this worker for lost: better to end by name.
+        if not heartbeats.cancelled() and (error := heartbeats.exception()) is not None:
+            logger.error("the heartbeats failed", exc_info=error)
+            self.lost.set()
 
 
 async def wait_for_epoch(client: ControlClient, *, timeout_s: float) -> control_pb2.Epoch:

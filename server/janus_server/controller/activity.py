@@ -6,6 +6,7 @@ import numpy as np
 
 from janus_proto.v1 import control_pb2
 from janus_scheduler.expert_counts import RecentExpertTokens
+from janus_scheduler.placement import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -14,17 +15,63 @@ HALF_LIFE_S = 600.0
 
 _LOG_INTERVAL_S = 10.0
 
+_MAX_TOKENS = 2**62
+"""Of one expert since the worker's start; sums of such totals fit an int64."""
+
 
 class ExpertActivity:
-    """Follows the reports of one expert worker: all see the same routing and the same schedule."""
+    """What the expert workers report.
 
-    def __init__(self) -> None:
+    The tokens and the log follow one worker: all see the same routing and the same schedule.
+    """
+
+    def __init__(self, placement: Placement | None) -> None:
         self.recent_tokens = RecentExpertTokens(HALF_LIFE_S)
+        self.loads: dict[str, control_pb2.ExpertLoad] = {}
+        """Worker id -> what it last reported."""
+        layers = placement.layers if placement else {}
+        self._num_experts = {layer: int(slots_WC.max()) + 1 for layer, slots_WC in layers.items()}
+        self._complained_of: set[str] = set()
         self._logged = control_pb2.ExpertLoad()
         self._logged_s = 0.0
 
-    def report(self, load: control_pb2.ExpertLoad, now_s: float) -> None:
-        """Take note of a report; logs what has happened since it last did."""
+    def report(
+        self, worker_id: str, load: control_pb2.ExpertLoad, now_s: float, *, leads: bool
+    ) -> None:
+        """Take note of a report; `leads`: of the worker that tokens and log follow.
+
+        Raises nothing: a report that is malformed is ignored, and logged once for each worker.
+        """
+        try:
+            self._check(load)
+            self.loads[worker_id] = load
+            if leads:
+                self._follow(load, now_s)
+        except Exception as error:
+            if worker_id not in self._complained_of:
+                self._complained_of.add(worker_id)
+                expected = isinstance(error, ValueError)
+                logger.warning(
+                    "ignored the load that %s reports: %s",
+                    worker_id,
+                    error,
+                    exc_info=None if expected else error,
+                )
+
+    def _check(self, load: control_pb2.ExpertLoad) -> None:
+        layers = [one.layer for one in load.layers]
+        if sorted(set(layers)) != layers or not self._num_experts.keys() >= set(layers):
+            raise ValueError("its layers are not those of the placement, ascending")
+        for one in load.layers:
+            if len(one.expert_tokens) != self._num_experts[one.layer]:
+                raise ValueError(
+                    f"it counts {len(one.expert_tokens)} experts in layer {one.layer}, which has "
+                    f"{self._num_experts[one.layer]}"
+                )
+            if max(one.expert_tokens) > _MAX_TOKENS:
+                raise ValueError(f"it counts more tokens in layer {one.layer} than there can be")
+
+    def _follow(self, load: control_pb2.ExpertLoad, now_s: float) -> None:
         self.recent_tokens.update(
             {one.layer: np.array(one.expert_tokens, dtype=np.int64) for one in load.layers}, now_s
         )

@@ -7,7 +7,7 @@ outside. `version` grows with everything that a watcher would see differently.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from janus_proto.v1 import control_pb2
 from janus_scheduler.activation import ActivationCosts, Scheduling
@@ -54,7 +54,6 @@ class Member:
     """The epoch it is ready to serve; 0: none."""
     costs: ActivationCosts | None = None
     """What an expert worker measured on itself."""
-    load: control_pb2.ExpertLoad = field(default_factory=control_pb2.ExpertLoad)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +110,7 @@ class Membership:
         self._schedule = schedule
         self._members: dict[str, Member] = {}
         self.epoch: EpochPlan | None = None
-        self.activity = ExpertActivity()
+        self.activity = ExpertActivity(placement)
         self.version = 0
 
     def register(
@@ -149,16 +148,18 @@ class Membership:
         return member.worker_id
 
     def heartbeat(
-        self, worker_id: str, *, ready_epoch: int, load: control_pb2.ExpertLoad, now_s: float
+        self,
+        worker_id: str,
+        *,
+        ready_epoch: int,
+        now_s: float,
+        load: control_pb2.ExpertLoad | None = None,
     ) -> None:
-        """Note that a worker lives; raises UnknownWorkerError."""
+        """Note that a worker lives, and its load if it says so; raises UnknownWorkerError."""
         member = self._members.get(worker_id)
         if member is None:
             raise UnknownWorkerError(f"no worker {worker_id!r} has registered with this controller")
         member.last_heard_s = now_s
-        member.load = load
-        if self.epoch and self.epoch.expert_workers and member is self.epoch.expert_workers[0]:
-            self.activity.report(load, now_s)
         if member.lost:
             logger.warning("%s is back", worker_id)
         if member.lost or member.ready_epoch != ready_epoch:
@@ -167,6 +168,10 @@ class Membership:
             if self.epoch is None:
                 self._try_form_epoch(number=1)
             self.version += 1
+        if load is not None:
+            experts = self.epoch.expert_workers if self.epoch else ()
+            leads = bool(experts) and experts[0] is member
+            self.activity.report(worker_id, load, now_s, leads=leads)
 
     def expire(self, now_s: float) -> None:
         """Mark the workers lost that have been silent for longer than LOST_AFTER_S."""

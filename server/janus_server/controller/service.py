@@ -77,7 +77,7 @@ class ControlService(ControlServiceServicer):
             self._membership.heartbeat(
                 request.worker_id,
                 ready_epoch=request.ready_epoch,
-                load=request.expert_load,
+                load=request.expert_load if request.HasField("expert_load") else None,
                 now_s=_now_s(),
             )
         except UnknownWorkerError as error:
@@ -107,10 +107,13 @@ class ControlService(ControlServiceServicer):
         ],
     ) -> control_pb2.GetExpertLoadsResponse:
         """Return what the expert workers last reported."""
-        recent = self._membership.activity.recent_tokens
+        activity = self._membership.activity
+        recent = activity.recent_tokens
         return control_pb2.GetExpertLoadsResponse(
             loads=[
-                control_pb2.WorkerExpertLoad(worker_id=member.worker_id, load=member.load)
+                control_pb2.WorkerExpertLoad(
+                    worker_id=member.worker_id, load=activity.loads.get(member.worker_id)
+                )
                 for member in self._membership.members()
                 if member.role == control_pb2.WORKER_ROLE_EXPERT
             ],

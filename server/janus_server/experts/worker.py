@@ -76,7 +76,7 @@ async def _serve_epoch(
 
     runner = await WorkThread(load, name="loading").result()
     pool = await WorkThread(join, name="joining the group").result()
-    control.expert_load = lambda: expert_load(runner)
+    control.report_load(lambda: expert_load(runner))
     control.set_ready(epoch.number)
     logger.info("%s serves epoch %d", worker_id, epoch.number)
     steps = WorkThread(

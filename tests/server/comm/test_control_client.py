@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
@@ -23,6 +24,7 @@ class FakeControlService(ControlServiceServicer):
     def __init__(self, heartbeat_interval_s: float) -> None:
         self.heartbeat_interval_s = heartbeat_interval_s
         self.ready_epochs: list[int] = []
+        self.loads: list[control_pb2.ExpertLoad | None] = []
         self.heard = asyncio.Event()
         self.num_watches = 0
 
@@ -33,6 +35,7 @@ class FakeControlService(ControlServiceServicer):
 
     async def Heartbeat(self, request, context):
         self.ready_epochs.append(request.ready_epoch)
+        self.loads.append(request.expert_load if request.HasField("expert_load") else None)
         self.heard.set()
         return control_pb2.HeartbeatResponse()
 
@@ -81,9 +84,49 @@ def test_readiness_is_reported_at_once() -> None:
     asyncio.run(check())
 
 
+@pytest.mark.parametrize("is_hanging", [False, True])
+def test_heartbeats_go_on_without_a_load_that_cannot_be_had(is_hanging: bool) -> None:
+    def take() -> control_pb2.ExpertLoad:
+        if is_hanging:
+            told.wait(60)
+        raise RuntimeError("the device is gone")
+
+    async def check() -> None:
+        service = FakeControlService(heartbeat_interval_s=1000.0)
+        server = await start(service)
+        async with client(server.address) as control:
+            control.report_load(take)
+            await register(control)
+            for epoch in range(3):
+                control.set_ready(epoch)
+                await asyncio.wait_for(service.heard.wait(), 30)
+                service.heard.clear()
+        await server.stop(0)
+        assert set(service.loads) == {None}
+
+    told = threading.Event()
+    asyncio.run(check())
+    told.set()
+
+
+def test_a_fault_in_the_heartbeats_ends_the_worker_by_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def check() -> None:
+        server = await start(FakeControlService(heartbeat_interval_s=1000.0))
+        async with client(server.address) as control:
+            await register(control)
+            control.set_ready(2**64)  # no message holds that
+            await asyncio.wait_for(control.lost.wait(), 30)
+        await server.stop(0)
+
+    asyncio.run(check())
+    assert "the heartbeats failed" in caplog.messages
+
+
 def test_a_controller_that_falls_silent_is_lost() -> None:
     async def check() -> None:
-        service = FakeControlService(heartbeat_interval_s=0.01)
+        service = FakeControlService(heartbeat_interval_s=0.2)
         server = await start(service)
         async with client(server.address) as control:
             await register(control)

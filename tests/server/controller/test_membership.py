@@ -173,6 +173,26 @@ def test_costs_that_cannot_be(expert_us: float, pair_us: float) -> None:
         given_costs(ScheduleConfig(expert_us=expert_us, pair_us=pair_us))
 
 
+def test_a_malformed_load_leaves_the_heartbeat(caplog: pytest.LogCaptureFixture) -> None:
+    members = membership(experts=1)
+    join(members, ATTENTION)
+    worker_id = join(members, EXPERT)
+    layer = control_pb2.LayerLoad(layer=2, expert_tokens=[1])
+    load = control_pb2.ExpertLoad(layers=[layer])
+    members.heartbeat(worker_id, ready_epoch=1, load=load, now_s=LOST_AFTER_S)
+    members.expire(LOST_AFTER_S + 1)
+    assert members.is_ready(members.epoch.expert_workers[0])
+    assert f"ignored the load that {worker_id} reports" in caplog.text
+
+
+def test_a_heartbeat_without_a_load_keeps_the_last() -> None:
+    members = membership(experts=1)
+    worker_id = join(members, EXPERT)
+    beat(members, worker_id)
+    members.heartbeat(worker_id, ready_epoch=0, now_s=1.0)
+    assert members.activity.loads[worker_id].num_token_pairs == 3
+
+
 def test_tokens_of_late_come_from_one_worker() -> None:
     members = membership(experts=2)
     join(members, ATTENTION)

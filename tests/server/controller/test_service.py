@@ -116,7 +116,7 @@ def test_expert_loads_are_those_of_the_last_heartbeats() -> None:
         async with controller() as address, client(address) as worker:
             await join(worker, ATTENTION)
             async with client(address) as expert:
-                expert.expert_load = lambda: control_pb2.ExpertLoad(num_activated_experts=42)
+                expert.report_load(lambda: control_pb2.ExpertLoad(num_activated_experts=42))
                 await join(expert, EXPERT)
                 async with grpc.aio.insecure_channel(address) as channel:
                     stub = ControlServiceStub(channel)

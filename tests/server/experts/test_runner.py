@@ -68,7 +68,8 @@ def test_counts_are_those_of_the_routing(make_checkpoint: CheckpointFactory) -> 
         tokens_E, tokens_W, experts_W = np.zeros(NUM_EXPERTS, int), [0, 0], [0, 0]
         sum_a_max = 0
         held = [set(placement.worker_slots(layer, worker).tolist()) for worker in range(2)]
-        for hidden_TH in batches_of(1, 6):
+        # Enough batches that now this worker reads most, now the other.
+        for hidden_TH in batches_of(*[1] * 8, 6):
             ids = block.gate(hidden_TH)[2].flatten().tolist()
             tokens_E += np.bincount(ids, minlength=NUM_EXPERTS)
             for worker in range(2):
@@ -79,7 +80,7 @@ def test_counts_are_those_of_the_routing(make_checkpoint: CheckpointFactory) -> 
                 runner.partial(layer, hidden_TH)
         for runner in runners:
             counts = runner.counts()[layer]
-            assert counts.num_steps == 2
+            assert counts.num_steps == 9
             assert counts.tokens_E == tokens_E.tolist()
             assert counts.tokens_W == tokens_W
             assert counts.experts_W == experts_W
@@ -87,16 +88,21 @@ def test_counts_are_those_of_the_routing(make_checkpoint: CheckpointFactory) -> 
 
 
 @torch.inference_mode()
-def test_replicas_move_work_but_count_the_same_tokens(make_checkpoint: CheckpointFactory) -> None:
+@pytest.mark.parametrize("slots", [5, NUM_EXPERTS])
+def test_replicas_move_work_but_count_the_same_tokens(
+    make_checkpoint: CheckpointFactory, slots: int
+) -> None:
     folder = make_checkpoint(num_experts=NUM_EXPERTS, decoder_sparse_step=2, num_hidden_layers=4)
-    alone, replicated = expert_runners(folder, 2), expert_runners(folder, 2, slots=NUM_EXPERTS)
+    alone, replicated = expert_runners(folder, 2), expert_runners(folder, 2, slots=slots)
     (hidden_TH,) = batches_of(5)
     for runner in (*alone, *replicated):
         runner.partial(1, hidden_TH)
     before, after = alone[0].counts()[1], replicated[0].counts()[1]
     assert after.tokens_E == before.tokens_E
     assert sum(after.experts_W) == sum(before.experts_W)  # no expert is read twice
-    assert after.sum_a_max == -(-sum(after.experts_W) // 2)  # every expert is everywhere
+    assert after.sum_a_max <= before.sum_a_max
+    if slots == NUM_EXPERTS:  # every expert is everywhere
+        assert after.sum_a_max == -(-sum(after.experts_W) // 2)
 
 
 @torch.inference_mode()

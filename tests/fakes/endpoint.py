@@ -129,9 +129,7 @@ async def running_endpoint(
         pool = WorkerPool(control)
         stack.push_async_callback(_cancel, asyncio.create_task(pool.follow()))
         service = InferenceService(
-            Checkpoint(
-                path=folder, spec=SMALL_SPEC, family=qwen3_moe.FAMILY, shards={}, fingerprint=""
-            ),
+            Checkpoint(path=folder, spec=SMALL_SPEC, family=qwen3_moe.FAMILY, tensors={}),
             _tokenizer(folder, stack) if has_tokenizer else None,
             pool,
             max_context=SMALL_SPEC.max_context,

@@ -77,10 +77,11 @@ async def _serve_epoch(
     address: str,
     join: PoolFactory,
 ) -> None:
+    fingerprint = await WorkThread(checkpoint.fingerprint, name="sampling the weights").result()
     worker_id = await control.register(
         control_pb2.WORKER_ROLE_ATTENTION,
         address=address,
-        fingerprint=checkpoint.fingerprint,
+        fingerprint=fingerprint,
         timeout_s=config.comm.startup_timeout_s,
     )
     loop = asyncio.get_running_loop()

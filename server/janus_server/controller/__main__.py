@@ -29,7 +29,7 @@ async def main(config: ControllerConfig, stop: asyncio.Event) -> None:
     given_costs(config.schedule)
     has_experts = config.pools.expert_workers > 0
     membership = Membership(
-        fingerprint=checkpoint.fingerprint,
+        fingerprint=checkpoint.fingerprint(),
         pools=config.pools,
         placement=first_placement(config.pools, checkpoint.spec) if has_experts else None,
         schedule=config.schedule,

@@ -129,7 +129,7 @@ class Membership:
         if fingerprint != self._fingerprint:
             raise RegistrationRefusedError(
                 f"the {_ROLE_NAMES[role]} worker with process id {pid} serves another model than "
-                "this controller: their config.json files differ"
+                "this controller: their configurations or weights differ"
             )
         index = len(self._of_role(role))
         member = Member(

@@ -48,10 +48,11 @@ async def _serve_epoch(
         lambda: measure_costs(checkpoint.spec, dtype=dtype, device=device),
         name="measuring the experts",
     ).result()
+    fingerprint = await WorkThread(checkpoint.fingerprint, name="sampling the weights").result()
     worker_id = await control.register(
         control_pb2.WORKER_ROLE_EXPERT,
         address="",
-        fingerprint=checkpoint.fingerprint,
+        fingerprint=fingerprint,
         timeout_s=config.comm.startup_timeout_s,
         costs=costs_message(costs),
     )

@@ -1,4 +1,4 @@
-"""Values of a config.json, each checked for its type and range before anything is made of it.
+"""JSON files of a checkpoint: each value is checked for type and range before it is used.
 
 A key that is absent and one that is null mean the same: the default, or where there is none, that
 the file cannot be used. Every complaint is a KeyError (the key is missing) or a ValueError.
@@ -6,10 +6,26 @@ the file cannot be used. Every complaint is a KeyError (the key is missing) or a
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from janus_server.errors import CheckpointError
 
 MAX_SIZE = 2**31 - 1
 """Largest dimension of a tensor."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value
 
 
 def integer(

@@ -58,7 +58,7 @@ class WeightReader:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, in the dtype and on the device of this reader."""
-        path = self.checkpoint.shards[name]
+        path = self.checkpoint.tensors[name].path
         try:
             if path not in self._open_shards:
                 self._open_shards[path] = self._stack.enter_context(safe_open(path, framework="pt"))

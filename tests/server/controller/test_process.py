@@ -60,7 +60,7 @@ def test_it_forms_an_epoch_whose_store_is_there(start: Starter, model: ModelConf
             await control.register(
                 control_pb2.WORKER_ROLE_ATTENTION,
                 address="host:1",
-                fingerprint=Checkpoint.open(model.checkpoint).fingerprint,
+                fingerprint=Checkpoint.open(model.checkpoint).fingerprint(),
                 timeout_s=30,
             )
             return await wait_for_epoch(control, timeout_s=30)

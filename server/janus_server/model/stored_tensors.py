@@ -1,0 +1,116 @@
+"""Where the tensors of a model folder lie: its index and the headers of its safetensors files."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from janus_server.errors import CheckpointError
+from janus_server.model.config_json import read_json, shown
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
+_FLOAT_DTYPES = frozenset({"F32", "BF16", "F16"})
+_LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its header, a little-endian number."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """One tensor of a safetensors file, from the file's header."""
+
+    path: Path
+    dtype: str
+    """As safetensors spells it: F32, BF16, F16, ..."""
+    shape: tuple[int, ...]
+    start: int
+    """First byte in the file."""
+    num_bytes: int
+
+
+def find_tensors(
+    folder: Path, shards: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, StoredTensor]:
+    """The tensors that `shapes` calls for, each known to be whole; raises CheckpointError."""
+    missing = [name for name in shapes if name not in shards]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the {len(shapes)} tensors that its config.json "
+            f"calls for, the first being {missing[0]}"
+        )
+    headers = {path: _read_header(path) for path in {shards[name]: None for name in shapes}}
+    tensors = {}
+    for name, shape in shapes.items():
+        path = shards[name]
+        if name not in headers[path]:
+            raise CheckpointError(f"{path} does not hold {name}, which the index says")
+        _check_tensor(name, headers[path][name], shape)
+        tensors[name] = headers[path][name]
+    return tensors
+
+
+def shard_of_tensors(folder: Path) -> dict[str, Path]:
+    """Every tensor of the folder and its file, from the index where there is one."""
+    if not (folder / _INDEX).exists():
+        if not (folder / _SINGLE).exists():
+            raise CheckpointError(
+                f"{folder} has neither {_SINGLE} nor {_INDEX}; other weight formats are not read"
+            )
+        return dict.fromkeys(_read_header(folder / _SINGLE), folder / _SINGLE)
+    weight_map = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{folder / _INDEX} has no weight_map from tensors to safetensors files"
+        )
+    for name in weight_map.values():
+        # A shard beside the index, never a path that leads out of the folder.
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+            raise CheckpointError(
+                f"weight_map in {folder / _INDEX} must name safetensors files beside it, "
+                f"not {shown(name)}"
+            )
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"the shard {name} is missing from {folder}")
+    return {tensor: folder / name for tensor, name in weight_map.items()}
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    try:
+        # The library that will read the tensors judges whether the file is whole.
+        with safe_open(path, framework="numpy"), path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            header: dict[str, Any] = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file (truncated or damaged): {error}"
+        ) from None
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        first, end = entry["data_offsets"]
+        tensors[name] = StoredTensor(
+            path=path,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            start=_LENGTH_BYTES + length + first,
+            num_bytes=end - first,
+        )
+    return tensors
+
+
+def _check_tensor(name: str, tensor: StoredTensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise CheckpointError(
+            f"config.json and tensors disagree: {name} in {tensor.path} has shape "
+            f"{list(tensor.shape)}, not {list(expected)}"
+        )
+    if tensor.dtype not in _FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{name} in {tensor.path} is stored as {tensor.dtype}; F32, BF16 and F16 are read"
+        )

@@ -1,0 +1,82 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.fingerprint import fingerprint
+from janus_server.model.stored_tensors import StoredTensor
+from tests.conftest import CheckpointFactory
+from tests.fakes.checkpoints import write_checkpoint
+from tests.fakes.model_specs import SMALL_SPEC
+
+
+@pytest.fixture
+def folder(make_checkpoint: CheckpointFactory, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(make_checkpoint(), tmp_path / "model"))
+
+
+def of(folder: Path) -> str:
+    return Checkpoint.open(folder).fingerprint()
+
+
+def test_a_copy_has_the_same_in_shards_of_other_sizes_too(folder: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "sharded", max_shard_size="200KB")
+    os.utime(folder / "model.safetensors", (0, 0))
+    assert of(folder) == of(tmp_path / "sharded")
+
+
+def test_a_change_of_any_tensor_changes_it(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    seen = {of(folder)}
+    for name, tensor in tensors.items():
+        # Training in bf16 may move a small part of the values only.
+        generator = torch.Generator().manual_seed(0)
+        moved = torch.rand(tensor.shape, generator=generator) < 0.02
+        moved.view(-1)[0] |= not moved.any()
+        save_file(tensors | {name: tensor + moved}, folder / "model.safetensors")
+        seen.add(of(folder))
+    assert len(seen) == len(tensors) + 1
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"eos_token_id": 3}),
+        ("generation_config.json", {"eos_token_id": 3}),
+        ("config.json", {"rms_norm_eps": 1e-5}),
+        ("config.json", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ],
+)
+def test_a_change_of_answers_changes_it(
+    folder: Path, file: str, changes: dict[str, object]
+) -> None:
+    before = of(folder)
+    values = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(values | changes))
+    assert of(folder) != before
+
+
+def test_keys_and_tensors_that_change_no_answer_do_not_count(folder: Path) -> None:
+    before = of(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"transformers_version": "1"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors") | {"unused": torch.ones(3)}
+    save_file(tensors, folder / "model.safetensors")
+    assert of(folder) == before
+
+
+def test_little_of_a_large_tensor_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "hole.safetensors"
+    path.touch()
+    os.truncate(path, 2**36)  # takes no room on the disk, and would take minutes to read
+    tensor = StoredTensor(path=path, dtype="BF16", shape=(2**35,), start=0, num_bytes=2**36)
+    before = fingerprint(SMALL_SPEC, {"large": tensor})
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"1")
+    assert fingerprint(SMALL_SPEC, {"large": tensor}) != before

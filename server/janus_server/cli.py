@@ -6,11 +6,11 @@ Whatever takes time to import is imported by `main` or below it, which knows wha
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from typing import TYPE_CHECKING
 
 from janus_server.errors import JanusError
+from janus_server.standard_streams import forget_output, open_closed_streams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,6 +46,7 @@ first steps:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `janus` with these arguments (default: the process's own); returns the exit status."""
+    open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _run(arguments)
@@ -56,10 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _EXIT_ERROR
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader left; give the interpreter's last flush somewhere to go.
-        with open(os.devnull, "w") as devnull:
-            os.dup2(devnull.fileno(), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader left
+        forget_output()
         return _EXIT_ERROR
 
 

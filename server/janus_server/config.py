@@ -17,8 +17,8 @@ class ServeConfig:
     """Serve a Mixture-of-Experts checkpoint on this machine.
 
     Starts one endpoint, one controller and the two pools of workers, prints a line as each worker
-    becomes ready and then `ready HOST:PORT`. Ctrl-C or SIGTERM lets running requests end, for a
-    bounded time, and ends all processes.
+    becomes ready and then `ready HOST:PORT`. Ctrl-C, SIGTERM or SIGHUP lets running requests end,
+    for a bounded time, and ends all processes; a second one ends them at once.
     """
 
     model: ModelConfig

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,6 +14,8 @@ from janus_server.cluster import running_cluster
 from janus_server.cluster_plan import check_config
 from janus_server.command_line import parse
 from janus_server.config import ServeConfig
+from janus_server.process import on_stop_signals
+from janus_server.standard_streams import say
 from janus_server.telemetry import configure_logging
 
 _ROLE_NAMES = {
@@ -69,9 +70,7 @@ async def _serve_until_signal(config: ServeConfig) -> None:
     def on_signal() -> None:
         (hurry if stop.is_set() else stop).set()
 
-    loop = asyncio.get_running_loop()
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signal_number, on_signal)
+    on_stop_signals(on_signal)
     serving = asyncio.create_task(_serve(config, hurry))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -86,12 +85,12 @@ async def _serve(config: ServeConfig, hurry: asyncio.Event) -> None:
         with startup_progress(config) as advance:
 
             def on_worker_ready(worker: control_pb2.Worker) -> None:
-                print(describe_worker(worker), flush=True)
+                say(describe_worker(worker))
                 advance()
 
             cluster = await stack.enter_async_context(
                 running_cluster(config, on_worker_ready=on_worker_ready, hurry=hurry)
             )
             advance()
-        print(f"ready {cluster.address}", flush=True)
+        say(f"ready {cluster.address}")
         await cluster.wait_for_failure()

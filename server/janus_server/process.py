@@ -1,7 +1,7 @@
 """The shell of every Janus process: config, log, event loop, signals, lifeline, exit status.
 
-Invariants: SIGTERM, SIGINT and the end of the lifeline all mean one thing, the `stop` event; a
-process with a lifeline never outlives its parent by more than `LIFELINE_GRACE_S`.
+Invariants: SIGTERM, SIGINT, SIGHUP and the end of the lifeline all mean one thing, the `stop`
+event; a process with a lifeline never outlives its parent by more than `LIFELINE_GRACE_S`.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ import uvloop
 
 from janus_server import command_line
 from janus_server.errors import JanusError, StuckThreadError
+from janus_server.standard_streams import open_closed_streams, say
 from janus_server.telemetry import LogLevel, configure_logging
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def run(
     `main` must return soon after `stop` is set. Returns the exit status: 0, or 1 after a
     JanusError, whose sentence is logged without a traceback; any other exception passes.
     """
+    open_closed_streams()
     configure_logging(name)
     try:
         prog = f"python -m janus_server.{name}"
@@ -81,14 +83,7 @@ def run(
 
 def announce(address: str) -> None:
     """Tell the parent, by one line on standard output, the HOST:PORT that was really bound."""
-    try:
-        sys.stdout.write(f"{_ANNOUNCEMENT}{address}\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        logger.warning("nobody reads the address that was bound, %s", address)
-        # The line is still buffered; give the interpreter's last flush somewhere to go.
-        with open(os.devnull, "w") as devnull:
-            os.dup2(devnull.fileno(), sys.stdout.fileno())
+    say(f"{_ANNOUNCEMENT}{address}")
 
 
 def announced_address(line: str) -> str | None:
@@ -98,13 +93,23 @@ def announced_address(line: str) -> str | None:
     return line.removeprefix(_ANNOUNCEMENT).strip()
 
 
+def on_stop_signals(handler: Callable[[], None]) -> None:
+    """Have the running event loop call `handler` at each signal that asks for an end."""
+    loop = asyncio.get_running_loop()
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    # Whoever starts a process with nohup wants it to go on without its terminal.
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signals.remove(signal.SIGHUP)
+    for number in signals:
+        loop.add_signal_handler(number, handler)
+
+
 async def _run_until_stopped(
     config: ConfigT, main: Callable[[ConfigT, asyncio.Event], Awaitable[None]]
 ) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signal_number, stop.set)
+    on_stop_signals(stop.set)
     if config.process.lifeline:
         threading.Thread(
             target=_watch_lifeline, args=(loop, stop), name="lifeline", daemon=True

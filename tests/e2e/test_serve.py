@@ -148,12 +148,13 @@ def test_queue_full_and_shutdown_under_load(folder: Path) -> None:
         assert status == 0, stderr
 
 
-def test_drain_is_bounded(folder: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_drain_is_bounded(folder: Path, number: signal.Signals) -> None:
     flags = ("--expert-workers", "1", "--drain-timeout-s", "0.2", "--max-batch-tokens", "16")
     with serving(folder, *flags) as server:
         call = server.stub.Generate(request([1, 2, 3], 1000), timeout=60)
         next(call)
-        status, _ = server.stop(signal.SIGINT)
+        status, _ = server.stop(number)
         assert status == 0
         with pytest.raises(grpc.RpcError) as raised:
             list(call)

@@ -2,13 +2,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from janus_server.process import announced_address
 
 PREAMBLE = """
-import asyncio, sys, time
+import asyncio, signal, sys, time
 from dataclasses import dataclass, field
 from janus_server import process
 from janus_server.errors import ConfigError
@@ -39,13 +40,15 @@ def start(tmp_path: Path):
     """Start a process whose `main` is in the given source."""
     started = []
 
-    def start_process(main: str, *argv: str) -> subprocess.Popen[str]:
+    def start_process(
+        main: str, *argv: str, stdout: int | IO[str] = subprocess.PIPE
+    ) -> subprocess.Popen[str]:
         script = tmp_path / "script.py"
         script.write_text(PREAMBLE + main + ENDING)
         child = subprocess.Popen(
             [sys.executable, str(script), *argv],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -56,15 +59,25 @@ def start(tmp_path: Path):
     for child in started:
         child.kill()
         child.wait()
-        for pipe in (child.stdin, child.stdout, child.stderr):
+        for pipe in filter(None, (child.stdin, child.stdout, child.stderr)):
             pipe.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_an_orderly_stop(start, number: signal.Signals) -> None:
     child = start(UNTIL_STOPPED, "--number", "7")
     assert announced_address(child.stdout.readline()) == "here:7"
     child.send_signal(number)
+    assert child.wait(60) == 0
+
+
+def test_a_hangup_that_was_ignored_before_the_start_stays_ignored(start) -> None:
+    child = start("signal.signal(signal.SIGHUP, signal.SIG_IGN)" + UNTIL_STOPPED)
+    child.stdout.readline()
+    child.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.2)
+    child.terminate()
     assert child.wait(60) == 0
 
 

@@ -1,9 +1,9 @@
 """Choose the replica that serves each activated expert.
 
 Shapes: T tokens, K experts of a token, E logical experts, W expert workers, C expert slots of a
-worker. Every expert worker computes the same choice from the same input, without a word between
-them. It changes who computes, and so no more than the rounding of partial sums.
-`janus_scheduler.activation` says what the policies do and is the oracle of the tests.
+worker. Every expert worker computes the same choice from the same input, so that no message
+is needed. The choice decides who computes, and changes a result by no more than the rounding of
+partial sums. `janus_scheduler.activation` explains the policies; the tests compare with it.
 
 Example: 2 workers of 2 slots, which hold experts [0, 1] and [2, 1]; a batch activates 0 and 1.
 slots_ER = [[0, -1], [1, 3], [2, -1]]. Worker 0 alone holds expert 0, so that `exact` sends expert 1
@@ -26,7 +26,7 @@ class ActivationSchedule:
     slots_TK: torch.Tensor
     """int32: the slot that computes each token-expert pair, numbered over all workers."""
     counts: ScheduleCounts
-    """int32: what the choice comes to."""
+    """int32: how much work the choice gives to each slot and worker."""
 
 
 def activation_schedule(
@@ -39,8 +39,9 @@ def activation_schedule(
 ) -> ActivationSchedule:
     """Choose the slot of each pair of topk_ids_TK (int64, distinct in a row).
 
-    costs_ps, for AUTO: picoseconds to read one more expert, and to compute one more pair. `seed`,
-    for RANDOM: 32 bits. Where no expert has a choice every policy is FIRST, which only looks up.
+    `costs_ps` is for AUTO: picoseconds to read one more expert, and to compute one more pair.
+    `seed` is for RANDOM: 32 bits. If no expert has replicas, all policies agree; then the
+    cheapest, FIRST, runs.
     """
     if not table.has_choice:
         policy = Policy.FIRST
@@ -60,7 +61,7 @@ def activation_schedule(
             *counts.numpy_parts(),
         )
     else:
-        # Comes with builds of torch for GPUs only.
+        # Imported here because torch builds for CPUs come without triton.
         from janus_kernels.activation_schedule_triton import launch
 
         launch(topk_ids_TK, table, policy, costs_ps, seed, slots_TK, counts)

@@ -1,4 +1,4 @@
-"""The activation schedule in plain loops: the reference of the kernel, and what CPUs run.
+"""The activation schedule in plain loops: the reference of the GPU kernel, and what CPUs run.
 
 Compiled by numba. Policies as in `janus_scheduler.activation`, shapes as in `replica_table`, T
 tokens, K experts of a token. Integers throughout, so that all backends agree to the last pair.
@@ -13,6 +13,7 @@ import numpy as np
 from janus_kernels.replica_table import GOLDEN, TOKEN_SWEEPS, Policy
 
 _LOW_32 = 0xFFFFFFFF
+"""Mask that keeps products to 32 bits, as uint32 does on a GPU: here integers have 64."""
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -21,7 +22,10 @@ Array = Any
 
 
 def _compiled(function: FunctionT) -> FunctionT:
-    """Compile at the first call; the result is kept on disk where there is a place to write to."""
+    """Compile at the first call, and keep the result on disk where there is a place to write to.
+
+    Without the global interpreter lock, so that heartbeats go on meanwhile.
+    """
     try:
         return cast(FunctionT, numba.njit(cache=True, nogil=True)(function))
     except RuntimeError:  # neither beside this file nor in the user's cache
@@ -70,7 +74,8 @@ def schedule_into(
 @_compiled
 def _count(values_TK: Array, counts: Array) -> None:
     """Fill counts with how often each value occurs."""
-    counts[:] = 0
+    for value in range(len(counts)):
+        counts[value] = 0
     for token in range(values_TK.shape[0]):
         for k in range(values_TK.shape[1]):
             counts[values_TK[token, k]] += 1
@@ -78,7 +83,7 @@ def _count(values_TK: Array, counts: Array) -> None:
 
 @_compiled
 def _most(values: Array) -> int:
-    """The largest. In a loop like all else here: numba takes seconds to compile array functions."""
+    """The largest value. A loop, like all else here: numba takes seconds to compile np.max."""
     most: int = values[0]
     for value in values:
         most = max(most, value)
@@ -105,7 +110,7 @@ def _deal_by_position(
 
 @_compiled
 def _mix(position: int, seed: int) -> int:
-    """The finisher of MurmurHash3 over a counter."""
+    """Hash a position to 32 bits: the final mixing of MurmurHash3, with its constants."""
     mixed = (position * GOLDEN + seed) & _LOW_32
     mixed = ((mixed ^ (mixed >> 16)) * 0x85EBCA6B) & _LOW_32
     mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2AE35) & _LOW_32
@@ -136,7 +141,7 @@ def _share(
         total = 0
         for load in loads_W:
             total += int(load)
-        # No schedule does better than an even spread, nor than what has no choice.
+        # No a_max is below an even spread, nor below the experts that one worker alone can serve.
         floor = max(-(-total // num_workers), forced)
         while _most(loads_W) > floor:
             if not _move_along_path(tokens_E, workers_ER, num_replicas_E, chosen_E, loads_W):
@@ -193,7 +198,7 @@ def _cost(
 
 @_compiled
 def _force(tokens_E: Array, workers_ER: Array, num_replicas_E: Array, loads_W: Array) -> int:
-    """Count the activated experts that have no choice; returns those of the fullest worker."""
+    """Count the activated experts with one replica by worker; returns the largest count."""
     for expert in range(len(tokens_E)):
         if tokens_E[expert] > 0 and num_replicas_E[expert] == 1:
             loads_W[workers_ER[expert, 0]] += 1
@@ -224,7 +229,7 @@ def _greedy(
 def _move_along_path(
     tokens_E: Array, workers_ER: Array, num_replicas_E: Array, chosen_E: Array, loads_W: Array
 ) -> bool:
-    """Relieve the fullest worker of one expert along a shortest path; whether there is one."""
+    """Take an expert off the fullest worker along a shortest path; returns whether one exists."""
     fullest = 0
     depth_W = np.empty(len(loads_W), np.int64)
     for worker in range(len(loads_W)):
@@ -239,11 +244,13 @@ def _move_along_path(
         if not _reach(tokens_E, workers_ER, num_replicas_E, chosen_E, depth, depth_W, came_by_W2):
             return False
         depth += 1
+        # Downwards, so that the lowest worker that qualifies is the one that stays in `end`.
         for worker in range(len(loads_W) - 1, -1, -1):
             if depth_W[worker] == depth and loads_W[worker] <= loads_W[fullest] - 2:
                 end = worker
     loads_W[fullest] -= 1
     loads_W[end] += 1
+    # Back along the path: each expert on it moves one worker further.
     while end != fullest:
         expert, index = came_by_W2[end]
         end = workers_ER[expert, chosen_E[expert]]
@@ -261,7 +268,7 @@ def _reach(
     depth_W: Array,
     came_by_W2: Array,
 ) -> bool:
-    """Mark the workers that an expert of a worker at `depth` could move to; whether there are."""
+    """Mark the workers that experts of the workers at `depth` could move to; false if none."""
     grew = False
     for expert in range(len(tokens_E)):
         movable = tokens_E[expert] > 0 and num_replicas_E[expert] > 1
@@ -283,7 +290,7 @@ def _split(
     num_workers: int,
     shares_ER: Array,
 ) -> None:
-    """Pour the tokens of each expert onto its least loaded workers; shares_ER comes zeroed."""
+    """Give the tokens of each expert to its least loaded workers; shares_ER comes zeroed."""
     loads_W = np.zeros(num_workers, np.int64)
     for expert in range(len(tokens_E)):
         if num_replicas_E[expert] == 1:
@@ -303,12 +310,12 @@ def _split(
 
 @_compiled
 def _fill_up(loads_W: Array, hosts_R: Array, amount: int, shares_R: Array) -> None:
-    """Share out `amount` so that the lowest loads stand level; the rest, by ascending worker.
+    """Share out `amount` so that the lowest loads become equal, like water that finds its level.
 
-    The level is the least, over the loads taken as the highest still covered, of what they and all
-    lower ones would come to.
+    If the n lowest loads get everything, each ends at the mean of their sum and `amount`; the level
+    is the smallest such mean. What rounding leaves over goes out by ascending worker.
     """
-    level = _most(loads_W) + amount
+    level = _most(loads_W) + amount  # an upper bound
     for highest in hosts_R:
         num_under, total = 0, amount
         for worker in hosts_R:
@@ -337,8 +344,10 @@ def _deal(
             up_to = 0
             for index in range(shares_ER.shape[1]):
                 up_to += shares_ER[expert, index]
+                # In 1/65536 of the expert's tokens, which the GPU kernel keeps in 32 bits.
                 upper_ER[expert, index] = (up_to << 16) // tokens_E[expert]
     for token in range(ids_TK.shape[0]):
+        # Even over any run of tokens, so that no token needs to know how many came before it.
         place = ((token * GOLDEN) & _LOW_32) >> 16
         for k in range(ids_TK.shape[1]):
             expert = ids_TK[token, k]

@@ -1,8 +1,9 @@
-"""The activation schedule on a GPU: one launch of one program a layer, no word to the host.
+"""The activation schedule on a GPU: one launch of one program for each layer; the host never waits.
 
 Shapes as in `replica_table`; T tokens, K experts of a token, P = T * K token-expert pairs; `_PAD`
-marks powers of two that cover a dimension. The program counts the tokens of each expert, has
-`replica_choice_triton` choose, and rewrites the pairs. The reference is `activation_schedule_cpu`.
+marks powers of two that cover a dimension. The program counts the tokens of each expert, lets
+`replica_choice_triton` choose, and writes the slot of each pair. A barrier stands wherever threads
+read what others have written to global memory. The reference is `activation_schedule_cpu`.
 """
 
 import torch
@@ -14,6 +15,7 @@ from janus_kernels.replica_table import GOLDEN, Policy, ReplicaTable
 from janus_kernels.schedule_counts import ScheduleCounts
 
 _MAX_BLOCK = 4096
+"""Pairs that the program handles at a time, at most."""
 _GOLDEN = tl.constexpr(GOLDEN)
 _FIRST = tl.constexpr(int(Policy.FIRST))
 _RANDOM = tl.constexpr(int(Policy.RANDOM))
@@ -26,7 +28,7 @@ _AUTO = tl.constexpr(int(Policy.AUTO))
 
 @triton.jit
 def _mix(pair, seed):
-    """The finisher of MurmurHash3 over a counter."""
+    """Hash a pair's position to 32 bits: the final mixing of MurmurHash3, with its constants."""
     mixed = pair.to(tl.uint32) * _GOLDEN + seed.to(tl.uint32)
     mixed = (mixed ^ (mixed >> 16)) * 0x85EBCA6B
     mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35
@@ -49,7 +51,7 @@ def _count_tokens(
 
 @triton.jit
 def _give_all_to_the_first(upper_ptr, experts_E, in_E, R: tl.constexpr):
-    """Upper bounds of the shares as they are where nothing is split."""
+    """Bound the shares as if the first replica had all tokens; `split` overwrites some."""
     for replica in tl.static_range(R):
         tl.store(upper_ptr + experts_E * R + replica, WHOLE_SHARE, in_E)
     tl.debug_barrier()
@@ -133,7 +135,7 @@ def _count_experts(
     tl.store(num_batches_ptr, 1)
 
 
-# Numbers that change from layer to layer or step to step must not each compile a kernel.
+# Triton compiles anew for arguments that are 1 or divisible by 16; these change with every step.
 @triton.jit(do_not_specialize=["num_pairs", "num_replicated", "expert_ps", "pair_ps", "seed"])
 def _schedule_kernel(
     ids_ptr,  # int64 [P]
@@ -276,7 +278,7 @@ def constants(
         "C_PAD": triton.next_power_of_2(num_slots),
         "S_PAD": triton.next_power_of_2(num_workers * num_slots),
         "BLOCK": block,
-        "num_warps": 4 if block <= 1024 else 16,
+        "num_warps": 4 if block <= 1024 else 16,  # at most 8 pairs a thread
     }
 
 

@@ -43,7 +43,7 @@ def expert_ffn(
     tokens_P = order_P // slots_TK.shape[1]
     scale_P = weights_TK.flatten().index_select(0, order_P)
     gate_PF, up_PF = _per_slot(x_TH.index_select(0, tokens_P), counts, gate_up_CHF).chunk(2, dim=-1)
-    # Scaled before the projection, where a row is shorter than after it.
+    # Scaled before the projection, where a row is shorter than after it; the result is the same.
     inner_PF = torch.nn.functional.silu(gate_PF).mul_(up_PF).mul_(scale_P.unsqueeze(1))
     out_PH = _per_slot(inner_PF, counts, down_CFH)
     partial_TH.index_add_(0, tokens_P, out_PH.float())

@@ -25,6 +25,6 @@ def linear(
     """x_TI @ weight.T + bias, with a weight from `pack_weight`."""
     if not weight.is_mkldnn:
         return torch.nn.functional.linear(x_TI, weight, bias_O)
-    # The op is registered under this name for inductor; it is the public way to a packed weight.
+    # torch registers this op for its compiler; no public function takes a packed weight.
     result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight, bias_O, "none", [], "")
     return result

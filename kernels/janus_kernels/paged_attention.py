@@ -5,7 +5,8 @@ D head dimension, S slots of the cache, L tokens of one sequence's context.
 
 The cache of a layer is [M, S, D]: heads outside, so that a run of adjacent KV blocks is a plain
 view of each head and needs no gather. The allocator keeps the blocks of a sequence adjacent where
-it can; a sequence in several runs costs one copy of them. The layout decides more than the kernel.
+it can; a sequence in several runs costs a copy of its keys and values. This layout matters more for
+speed than the kernel does.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ class SequenceSpan:
     runs: tuple[tuple[int, int], ...]
     """(first slot, number of slots) of its context, new tokens included, in order."""
     mask: torch.Tensor | None
-    """[num_new, L] bool, true where a new token may look; None where it is not needed."""
+    """[num_new, L] bool, true where a new token may look; None: not needed."""
 
 
 def sequence_span(
@@ -57,7 +58,8 @@ def paged_attention(
         rows = slice(span.first_token, span.first_token + span.num_new)
         k_MLD, v_MLD = _context(k_cache_MSD, span.runs), _context(v_cache_MSD, span.runs)
         if span.num_new == 1:
-            # The query heads of one KV head become its rows: no mask, no copies of the keys.
+            # The query heads that share a KV head become rows of one product with it: no mask, and
+            # no copies of the keys.
             q_MGD = q_TND[rows].view(k_MLD.shape[0], -1, q_TND.shape[-1])
             out = scaled_dot_product_attention(q_MGD[None], k_MLD[None], v_MLD[None])
             out_TND[rows] = out.view(1, *q_TND.shape[1:])

@@ -1,7 +1,7 @@
 """How one program of a GPU chooses replicas: the parts of `activation_schedule_triton`.
 
-One expert after the other, as each choice depends on those before; what is done for one expert is
-done for all workers at once. Shapes as in `replica_table`; an int64 is a set of workers, by bits.
+Experts come one after another, as each choice depends on those before; all workers are looked at
+together. Shapes as in `replica_table`; a set of workers is an int64 with a bit for each.
 """
 
 import triton
@@ -13,6 +13,7 @@ WHOLE_SHARE = tl.constexpr(1 << 16)
 """Upper bound of the share of an expert's last replica."""
 
 _LARGE = tl.constexpr(1 << 30)
+"""Above every load, worker and expert: stands for none."""
 _TOKEN_SWEEPS = tl.constexpr(TOKEN_SWEEPS)
 
 
@@ -23,7 +24,7 @@ def _or(left, right):
 
 @triton.jit
 def _least(values, where):
-    """The least of the values picked out, _LARGE where there is none."""
+    """The smallest of the values picked out; _LARGE if none is."""
     return tl.min(tl.where(where, values, _LARGE), axis=0)
 
 
@@ -48,7 +49,7 @@ def greedy(
             expert = tl.load(replicated_ptr + index)
         is_active = tl.load(tokens_ptr + expert) > 0
         slot_W = tl.load(slot_ptr + expert * W + workers_W, workers_W < W, other=-1)
-        # The least loaded; among equals the lowest.
+        # Load and worker in one number: its minimum is the lowest of the least loaded workers.
         best = _least(loads_W * W_PAD + workers_W, slot_W >= 0) % W_PAD
         loads_W += ((workers_W == best) & is_active).to(tl.int32)
         chosen_E = tl.where((experts_E == expert) & is_active, best, chosen_E)
@@ -57,7 +58,10 @@ def greedy(
 
 @triton.jit
 def augment(loads_W, chosen_E, movable_E, hosts_E, experts_E, workers_W, floor):
-    """Relieve the fullest worker along shortest paths until none helps, or it is at the floor."""
+    """Take experts off the fullest worker along shortest paths until no path helps.
+
+    Ends early where the fullest worker is at the floor.
+    """
     searching = tl.max(loads_W, axis=0) > floor
     while searching:
         most = tl.max(loads_W, axis=0)
@@ -80,10 +84,11 @@ def augment(loads_W, chosen_E, movable_E, hosts_E, experts_E, workers_W, floor):
         if searching:
             loads_W = loads_W - (workers_W == fullest).to(tl.int32)
             loads_W = loads_W + (workers_W == end).to(tl.int32)
+            # Back along the path: each expert on it moves one worker further.
             while end != fullest:
                 depth -= 1
-                one = tl.full((), 1, tl.int64)
-                level = tl.sum(tl.where(depth_W == depth, one << workers_W, 0), axis=0)
+                bit = tl.full((), 1, tl.int64)
+                level = tl.sum(tl.where(depth_W == depth, bit << workers_W, 0), axis=0)
                 from_E = movable_E & (((level >> chosen_E) & 1) != 0)
                 moved = _least(experts_E, from_E & (((hosts_E >> end) & 1) != 0))
                 source = tl.sum(tl.where(experts_E == moved, chosen_E, 0), axis=0)
@@ -95,7 +100,7 @@ def augment(loads_W, chosen_E, movable_E, hosts_E, experts_E, workers_W, floor):
 
 @triton.jit
 def _fill_up(loads_W, is_host_W, amount):
-    """Share out `amount` so that the lowest hosts stand level; the rest, by ascending worker."""
+    """Share out `amount` so that the lowest hosts become equal; see `activation_schedule_cpu`."""
     under_WW = (loads_W[None, :] <= loads_W[:, None]) & is_host_W[None, :]
     num_under_W = tl.sum(under_WW.to(tl.int32), axis=1)
     total_W = amount + tl.sum(tl.where(under_WW, loads_W[None, :], 0), axis=1)
@@ -120,7 +125,7 @@ def split(
     W: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Pour the tokens of the replicated experts onto the loads; write upper bounds of the shares.
+    """Give the tokens of each replicated expert to its least loaded workers; bound the shares.
 
     Returns the tokens and the activated experts of each worker.
     """

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 TOKEN_SWEEPS = 2
-"""Times that the token policy goes over the replicated experts."""
+"""Times that the token policy goes over the replicated experts: the second knows all loads."""
 
 MAX_GPU_WORKERS = 64
-"""There a set of workers is one int64."""
+"""The GPU kernel keeps a set of workers in one int64."""
 
 GOLDEN = 0x9E3779B9
 """2**32 divided by the golden ratio: multiples of it modulo 2**32 fill the range evenly."""
@@ -50,7 +50,7 @@ class ReplicaTable:
     slot_EW: torch.Tensor
     """int32: the slot of a worker that holds an expert; -1: none."""
     hosts_E: torch.Tensor
-    """int64: bit w (of up to 64) says whether worker w holds the expert."""
+    """int64, for GPUs alone: bit w (of up to 64) says whether worker w holds the expert."""
 
     @property
     def has_choice(self) -> bool:
@@ -63,7 +63,7 @@ def replica_table(
 ) -> ReplicaTable:
     """Build the table of slots_ER (int32, ascending in each row, padded with -1) on its device.
 
-    Raises ValueError where an expert has no slot, or a slot beyond those of the workers, and with
+    Raises ValueError if an expert has no slot, a slot is beyond those of the workers, or there are
     more workers than a GPU can schedule over.
     """
     num_replicas_E = (slots_ER >= 0).sum(dim=1, dtype=torch.int32)
@@ -82,8 +82,8 @@ def replica_table(
     slots = slots_ER[experts, replicas].to(torch.int32)
     slot_EW = slots.new_full((len(slots_ER), num_workers), -1)
     slot_EW[experts, slots // slots_per_worker] = slots
-    one = torch.ones((), dtype=torch.int64, device=slots_ER.device)
-    bits_W = one << torch.arange(num_workers, device=slots_ER.device)
+    bits_W = torch.ones(num_workers, dtype=torch.int64, device=slots_ER.device)
+    bits_W <<= torch.arange(num_workers, device=slots_ER.device)
     return ReplicaTable(
         num_workers=num_workers,
         slots_per_worker=slots_per_worker,

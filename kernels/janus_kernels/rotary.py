@@ -25,6 +25,7 @@ def rotary_tables(
 
 def apply_rotary(x_TND: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
     """Rotate each head of each token by the angles of its position."""
+    # In place on halves of the result: concatenating rotated halves would copy once more.
     half = x_TND.shape[-1] // 2
     low_TNC, high_TNC = x_TND.split(half, dim=-1)
     sin_T1D = sin_TD.unsqueeze(1)

@@ -27,7 +27,7 @@ def filtered_probs(
     """Probabilities that remain after the filters, best first, and the ids they belong to.
 
     In the order of `transformers`: temperature (> 0), top_k (0: off), top_p (1: off), min_p (0:
-    off), each on what the one before left, renormalised. At least one token remains.
+    off); each filter sees what the filter before it left, renormalised. At least one token remains.
     """
     ordered = logits_V.float().sort(descending=True, stable=True)
     # The best becomes 0 before the division, which then overflows only towards -inf.

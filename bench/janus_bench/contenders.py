@@ -155,7 +155,7 @@ class _Janus(_Runner):
         self.checkpoint = Checkpoint.open(config.checkpoint)
         with WeightReader(self.checkpoint, dtype=DTYPES[config.dtype], device=_CPU) as reader:
             weights = load_attention_weights(reader)
-        engine_config = EngineConfig(max_batch_tokens=8192, lanes=config.lanes)
+        engine_config = EngineConfig(max_batch_tokens=8192, lanes=config.lanes, kv_cache_gib=1.0)
         self._engine = Engine(self.checkpoint.spec, weights, engine_config)
 
     def run(self, prompts: Sequence[Sequence[int]], num_new: int) -> Timing:

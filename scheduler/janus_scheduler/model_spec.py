@@ -79,3 +79,8 @@ class ModelSpec:
     def kv_values_per_token(self) -> int:
         """Numbers that one token keeps in the KV cache, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def expert_values(self) -> int:
+        """Numbers of one expert's weights in one layer."""
+        return 3 * self.hidden_size * self.expert_intermediate_size

@@ -7,6 +7,9 @@ workers; then the controller.
 
 import asyncio
 import contextlib
+import json
+import sys
+from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar
@@ -15,12 +18,14 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from janus_proto.v1 import control_pb2
+from janus_server.cluster_memory import fit_memory
 from janus_server.cluster_plan import controller_config, endpoint_config, worker_processes
 from janus_server.comm.control_client import ControlClient
 from janus_server.command_line import to_argv
 from janus_server.config import ServeConfig
 from janus_server.errors import ConfigError, JanusError, PeerLostError, UnavailableError
 from janus_server.grpc_server import channel_options
+from janus_server.model.memory import free_memory
 from janus_server.supervisor import Child, Supervisor
 
 T = TypeVar("T")
@@ -145,13 +150,14 @@ class _Lifecycle:
 
     async def _start(self) -> Cluster:
         config = self._config
-        num_devices = _num_gpus() if config.model.device == "cuda" else 1
+        gpus_free = await _free_gpu_memory() if config.model.device == "cuda" else []
+        config = fit_memory(config, free=free_memory(), gpus_free=gpus_free)
         self._controller = await self._spawn(
             "controller", "janus_server.controller", to_argv(controller_config(config)), True
         )
         controller = await self._controller.address()
         del self._missing[self._controller.pid]
-        for worker in worker_processes(config, controller, num_devices=num_devices):
+        for worker in worker_processes(config, controller, num_devices=len(gpus_free) or 1):
             await self._spawn(worker.name, worker.module, worker.argv)
         self._endpoint = await self._spawn(
             "endpoint", "janus_server.endpoint", to_argv(endpoint_config(config, controller)), True
@@ -209,9 +215,21 @@ async def _wait_until_serving(address: str) -> None:
             await asyncio.sleep(_HEALTH_POLL_S)
 
 
-def _num_gpus() -> int:
-    import torch  # slow to import, and needed for nothing else here
-
-    if not torch.cuda.is_available():
+async def _free_gpu_memory() -> list[int]:
+    """Free bytes of each GPU; asked in a process of its own, as `janus_server.model.gpu` says."""
+    asking = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "janus_server.model.gpu"),
+        stdin=DEVNULL,
+        stdout=PIPE,
+        start_new_session=True,
+    )
+    try:
+        output, _ = await asking.communicate()
+    finally:
+        if asking.returncode is None:
+            asking.kill()
+            await asking.wait()
+    gpus_free: list[int] = json.loads(output or "[]")
+    if not gpus_free:
         raise ConfigError("--device cuda: there is no GPU that PyTorch can use")
-    return torch.cuda.device_count()
+    return gpus_free

@@ -76,7 +76,11 @@ class Served:
 def serving(checkpoint: Path, *flags: str) -> Iterator[Served]:
     """Start `janus serve` on a free port and end it on leaving, whatever happened."""
     process = subprocess.Popen(
-        [JANUS, "serve", str(checkpoint), "--listen", "127.0.0.1:0", "--dtype", "fp32", *flags],
+        [
+            *(JANUS, "serve", str(checkpoint), "--listen", "127.0.0.1:0", "--dtype", "fp32"),
+            # All that a small model can use, however large the machine.
+            *("--kv-cache-gib", "0.25", *flags),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -2,6 +2,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from janus_proto.v1 import control_pb2
@@ -9,6 +10,7 @@ from janus_server.config import ServeConfig
 from janus_server.errors import CheckpointError, ConfigError
 from janus_server.launch import command, describe_worker, startup_progress
 from janus_server.model.config import ModelConfig
+from tests.conftest import CheckpointFactory
 
 
 def test_a_ready_worker_in_words() -> None:
@@ -48,3 +50,11 @@ def test_nothing_starts_on_a_broken_checkpoint(tmp_path: Path) -> None:
 def test_nothing_starts_on_a_wrong_flag() -> None:
     with pytest.raises(ConfigError, match="--lanes must be at least 1, not 0"):
         command(["somewhere", "--lanes", "0"])
+
+
+def test_nothing_starts_where_the_kv_cache_does_not_fit(make_checkpoint: CheckpointFactory) -> None:
+    before = psutil.Process().children(recursive=True)
+    arguments = [str(make_checkpoint()), "--listen", "127.0.0.1:0", "--kv-cache-gib", "65536"]
+    with pytest.raises(ConfigError, match=r"attention worker needs .* KV cache 65,536 GiB"):
+        command(arguments)
+    assert psutil.Process().children(recursive=True) == before

@@ -25,8 +25,9 @@ class EngineConfig:
     block_size: Annotated[int, Between(1, 2**16)] = 16
     """Tokens of a KV block."""
 
-    kv_cache_gib: Annotated[float, Between(0.001, 2**16)] = 1.0
-    """Memory for KV blocks, in GiB."""
+    kv_cache_gib: Annotated[float, Between(0, 2**16)] = 0.0
+    """Memory for the KV blocks of each attention worker, in GiB; 0: an equal share of half of what
+    all processes leave free on a CPU, of nine tenths on a GPU, where so much can be used."""
 
     lanes: Annotated[int, Between(1, MAX_LANES)] = 1
     """Micro-batches of a step; with 2, one lane's attention runs while the other's experts do."""

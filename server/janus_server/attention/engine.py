@@ -11,7 +11,8 @@ from janus_scheduler.model_spec import ModelSpec
 from janus_scheduler.request import FinishReason, SamplingParams
 from janus_scheduler.request import Sequence as RequestSequence
 from janus_server.attention.config import EngineConfig
-from janus_server.attention.kv_cache import KvCache, num_blocks_that_fit
+from janus_server.attention.kv_cache import KvCache
+from janus_server.attention.memory import kv_block_bytes, most_blocks
 from janus_server.attention.runner import AttentionRunner
 from janus_server.attention.sampler import Logprobs, SamplingFault, TokenChoice, sample_tokens
 from janus_server.attention.weights import AttentionWeights
@@ -61,7 +62,7 @@ class Engine:
     ) -> None:
         embedding = weights.embedding_VH
         self.max_context = context_limit(spec, config.max_context)
-        num_blocks = _num_blocks(spec, config, embedding.dtype, self.max_context)
+        num_blocks = _num_blocks(spec, config, embedding.dtype)
         self._config = config
         self.num_blocks = num_blocks
         self.batcher = self._new_batcher()
@@ -202,17 +203,11 @@ def _sampling(plan: StepPlan) -> list[SequencePlan]:
     return [planned for planned in plan.sequences if planned.samples]
 
 
-def _num_blocks(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype, max_context: int) -> int:
-    fit = num_blocks_that_fit(
-        spec,
-        memory_bytes=int(config.kv_cache_gib * 2**30),
-        block_size=config.block_size,
-        dtype=dtype,
-    )
+def _num_blocks(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int:
+    fit = int(config.kv_cache_gib * 2**30) // kv_block_bytes(spec, config, dtype.itemsize)
     if fit < 1:
         raise ConfigError(
             f"--kv-cache-gib {config.kv_cache_gib:g} holds not even one KV block of "
             f"{config.block_size} tokens"
         )
-    # More than all sequences can fill would never be used.
-    return min(fit, config.max_sequences * -(-max_context // config.block_size))
+    return min(fit, most_blocks(spec, config))

@@ -9,13 +9,6 @@ from janus_scheduler.kv_blocks import block_runs
 from janus_scheduler.model_spec import ModelSpec
 
 
-def num_blocks_that_fit(
-    spec: ModelSpec, *, memory_bytes: int, block_size: int, dtype: torch.dtype
-) -> int:
-    """KV blocks that `memory_bytes` hold."""
-    return memory_bytes // (spec.kv_values_per_token * dtype.itemsize * block_size)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KvCache:
     """Keys and values of every layer. M KV heads, S slots (blocks times block size), D head dim."""

@@ -1,14 +1,17 @@
 """The life of an attention worker: register, load, meet the epoch's group, serve, stop."""
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Callable
 
 from janus_proto.v1 import control_pb2, worker_pb2
 from janus_proto.v1.worker_pb2_grpc import add_AttentionWorkerServiceServicer_to_server
-from janus_server.attention.config import AttentionConfig
+from janus_scheduler.model_spec import ModelSpec
+from janus_server.attention.config import AttentionConfig, EngineConfig
 from janus_server.attention.engine import Engine
 from janus_server.attention.engine_thread import EngineThread, StepResult
+from janus_server.attention.memory import attention_needs, free_kv_bytes, with_kv_bytes
 from janus_server.attention.service import AttentionWorkerService
 from janus_server.attention.weights import load_attention_weights
 from janus_server.comm.base import ExpertPool
@@ -23,6 +26,8 @@ from janus_server.grpc_server import start_server
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import context_limit
 from janus_server.model.cpu import use_cpu
+from janus_server.model.gpu import free_device_memory, memory_name
+from janus_server.model.memory import MemoryNeeds, check_fits
 from janus_server.model.weights import WeightReader, device_of, dtype_of
 from janus_server.process import announce
 
@@ -41,7 +46,30 @@ async def main(config: AttentionConfig, stop: asyncio.Event) -> None:
         group = group_config(epoch, worker_id, config.comm)
         return GlooExpertPool(join_group(group), group)
 
-    await serve(config, stop, Checkpoint.open(config.model.checkpoint), join)
+    checkpoint = Checkpoint.open(config.model.checkpoint)
+
+    def needs(engine: EngineConfig) -> MemoryNeeds:
+        return attention_needs(checkpoint, engine, config.model)
+
+    await serve(fit_memory(config, checkpoint.spec, needs), stop, checkpoint, join)
+
+
+def fit_memory(
+    config: AttentionConfig, spec: ModelSpec, needs: Callable[[EngineConfig], MemoryNeeds]
+) -> AttentionConfig:
+    """The same with a size for the KV cache, where it names none.
+
+    Raises ConfigError where what the worker needs does not fit its device.
+    """
+    device, engine = device_of(config.model, config.device_index), config.engine
+    free = free_device_memory(device)
+    if not engine.kv_cache_gib:
+        kv_bytes = free_kv_bytes(
+            spec, engine, config.model, free=free, needs=[needs(engine)], num_sharing=1
+        )
+        engine = with_kv_bytes(engine, kv_bytes)
+    check_fits([needs(engine)], free=free, where=memory_name(device))
+    return dataclasses.replace(config, engine=engine)
 
 
 async def serve(

@@ -15,10 +15,13 @@ from janus_server.comm.lifecycle import run_until_stopped
 from janus_server.comm.work_thread import WorkThread
 from janus_server.experts.calibration import measure_costs
 from janus_server.experts.config import ExpertConfig
+from janus_server.experts.memory import expert_needs
 from janus_server.experts.runner import ExpertRunner
 from janus_server.experts.weights import load_layers
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.cpu import use_cpu
+from janus_server.model.gpu import free_device_memory, memory_name
+from janus_server.model.memory import check_fits
 from janus_server.model.weights import WeightReader, device_of, dtype_of
 
 logger = logging.getLogger(__name__)
@@ -58,13 +61,7 @@ async def _serve_epoch(
     )
     epoch = await wait_for_epoch(control, timeout_s=config.comm.startup_timeout_s)
     group = group_config(epoch, worker_id, config.comm)
-    scheduling = scheduling_of(epoch)
-
-    def load() -> ExpertRunner:
-        with WeightReader(checkpoint, dtype=dtype, device=device) as reader:
-            index = group.expert_ranks.index(group.rank)
-            layers = load_layers(reader, placement_of(epoch), index)
-        return ExpertRunner(checkpoint.spec, layers, worker=index, scheduling=scheduling)
+    index = group.expert_ranks.index(group.rank)
 
     def join() -> GlooAttentionPool:
         return GlooAttentionPool(
@@ -75,7 +72,9 @@ async def _serve_epoch(
             device=device,
         )
 
-    runner = await WorkThread(load, name="loading").result()
+    runner = await WorkThread(
+        lambda: _load_runner(config, checkpoint, epoch, index), name="loading"
+    ).result()
     pool = await WorkThread(join, name="joining the group").result()
     control.report_load(lambda: expert_load(runner))
     control.set_ready(epoch.number)
@@ -90,6 +89,18 @@ async def _serve_epoch(
         # The attention workers say when no step follows: leaving earlier would cut one short.
         await steps.end(grace_s=_CLOSE_GRACE_S, abandon=pool.abandon)
         raise
+
+
+def _load_runner(
+    config: ExpertConfig, checkpoint: Checkpoint, epoch: control_pb2.Epoch, worker: int
+) -> ExpertRunner:
+    device, spec = device_of(config.model, config.device_index), checkpoint.spec
+    placement = placement_of(epoch)
+    needs = expert_needs(spec, placement, worker, config.model)
+    check_fits([needs], free=free_device_memory(device), where=memory_name(device))
+    with WeightReader(checkpoint, dtype=dtype_of(config.model), device=device) as reader:
+        layers = load_layers(reader, placement, worker)
+    return ExpertRunner(spec, layers, worker=worker, scheduling=scheduling_of(epoch))
 
 
 @torch.inference_mode()

@@ -29,6 +29,11 @@ class ModelConfig:
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Number format of weights, activations and KV cache."""
 
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one number."""
+        return {"bf16": 2, "fp32": 4}[self.dtype]
+
 
 def context_limit(spec: ModelSpec, max_context: int) -> int:
     """Longest prompt plus completion in tokens, where `max_context` 0 means all that the model has.

@@ -5,6 +5,7 @@ import asyncio
 from janus_proto.v1 import control_pb2
 from janus_scheduler.activation import Scheduling
 from janus_server.attention import worker as attention_worker
+from janus_server.attention.config import EngineConfig
 from janus_server.comm.base import ExpertPool
 from janus_server.comm.local import LocalExpertPool
 from janus_server.controller.membership import check_pools, given_costs
@@ -13,21 +14,27 @@ from janus_server.experts.calibration import measure_costs
 from janus_server.experts.runner import ExpertRunner
 from janus_server.experts.weights import load_layers
 from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.memory import MemoryNeeds
 from janus_server.model.weights import WeightReader, device_of, dtype_of
 from janus_server.monolith.config import MonolithConfig
+from janus_server.monolith.memory import monolith_needs
 
 
 async def main(config: MonolithConfig, stop: asyncio.Event) -> None:
     """Serve as an attention worker whose experts are in this process."""
     checkpoint = Checkpoint.open(config.attention.model.checkpoint)
     check_pools(config.pools, checkpoint.spec)
-    first_placement(config.pools, checkpoint.spec)
+    placement = first_placement(config.pools, checkpoint.spec)
     given_costs(config.schedule)
 
     def join(epoch: control_pb2.Epoch, worker_id: str) -> ExpertPool:
         return local_expert_pool(config, checkpoint)
 
-    await attention_worker.serve(config.attention, stop, checkpoint, join)
+    def needs(engine: EngineConfig) -> MemoryNeeds:
+        return monolith_needs(checkpoint, engine, config.attention.model, placement)
+
+    attention = attention_worker.fit_memory(config.attention, checkpoint.spec, needs)
+    await attention_worker.serve(attention, stop, checkpoint, join)
 
 
 def local_expert_pool(config: MonolithConfig, checkpoint: Checkpoint) -> LocalExpertPool:

@@ -1,0 +1,64 @@
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from janus_server.attention.config import EngineConfig
+from janus_server.attention.memory import attention_needs
+from janus_server.attention.weights import load_attention_weights
+from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.config import ModelConfig
+from janus_server.model.weights import WeightReader, dtype_of
+from tests.conftest import CheckpointFactory
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested dataclasses and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for element in value:
+            yield from tensors(element)
+    elif value is not None:
+        for name in value.__dataclass_fields__:
+            yield from tensors(getattr(value, name))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"tie_word_embeddings": True}, {"mlp_only_layers": [1]}, {"hidden_size": 96}]
+)
+def test_weights_are_those_that_are_loaded(
+    make_checkpoint: CheckpointFactory, overrides: dict[str, Any], dtype: Any
+) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(**overrides))
+    model = ModelConfig(checkpoint=str(checkpoint.path), dtype=dtype)
+    with WeightReader(checkpoint, dtype=dtype_of(model), device=torch.device("cpu")) as reader:
+        loaded = sum(tensor.nbytes for tensor in tensors(load_attention_weights(reader)))
+    needs = attention_needs(checkpoint, EngineConfig(), model)
+    rotary = 2 * 1024 * 16 * model.value_bytes
+    # A norm of each head is repeated for all heads.
+    assert loaded == pytest.approx(needs.weights - rotary, rel=0.02)
+
+
+def test_more_of_anything_needs_more(make_checkpoint: CheckpointFactory) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint())
+    model = ModelConfig(checkpoint=str(checkpoint.path))
+
+    def total(num_expert_workers: int = 1, dtype: Any = "bf16", **config: Any) -> int:
+        engine = EngineConfig(**{"kv_cache_gib": 1.0, **config})
+        of_dtype = ModelConfig(checkpoint=model.checkpoint, dtype=dtype)
+        return attention_needs(
+            checkpoint, engine, of_dtype, num_expert_workers=num_expert_workers
+        ).total
+
+    for more in (
+        {"kv_cache_gib": 2.0},
+        {"max_batch_tokens": 4096},
+        {"max_sequences": 128},
+        {"num_expert_workers": 2},
+        {"dtype": "fp32"},
+    ):
+        assert total(**more) > total(), more
+    assert total(max_context=512) < total()

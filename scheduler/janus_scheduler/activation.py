@@ -2,8 +2,8 @@
 
 Decode reads weights: an MoE layer takes as long as the expert worker that has to read most distinct
 experts, a_max of them. Where experts have replicas, choosing one for each activated expert moves
-a_max. What runs on the expert workers is `janus_kernels.activation_schedule`; this is the plain
-version that it must agree with, and what placement and planning count with.
+a_max. Expert workers run `janus_kernels.activation_schedule`; this is the plain version that it
+must agree with, and the one that placement and planning use.
 
 Shapes: T tokens, K experts of a token, E logical experts, W expert workers, C expert slots of a
 worker, R replicas of the expert that has most, B batches. A *slot* is numbered over all workers:
@@ -12,13 +12,14 @@ worker * C + slot of the worker.
 Policies, all deterministic; ties go to the lowest worker, experts come in ascending order:
 
 - `first`: the replica on the lowest worker. No balance.
-- `random`: of each token-expert pair by a seeded hash of its position (SGLang's dynamic dispatch).
-- `eplb`: of each pair by its position modulo the number of replicas (vLLM).
+- `random`: each token-expert pair by a seeded hash of its position (SGLang's dynamic dispatch).
+- `eplb`: each pair by its position modulo the number of replicas (vLLM).
 - `metro`: each activated expert to its least loaded worker, in one pass over all experts
   (arXiv 2512.09277, whose locks leave the order to chance).
-- `aebs`: the same, after the experts that have no choice (arXiv 2512.13525, appendix A).
-- `exact`: `aebs`, then augmenting moves out of the fullest worker until none helps: least a_max.
-- `token`: splits the tokens of each expert over its replicas, so that workers compute for as many.
+- `aebs`: the same, but experts with a single replica first (arXiv 2512.13525, appendix A).
+- `exact`: `aebs`, then moves experts off the fullest worker as long as that lowers a_max: no
+  choice has a smaller one.
+- `token`: splits the tokens of each expert over its replicas, so that workers have equally many.
 - `auto`: `exact` or `token`, whichever costs the slowest worker less by `ActivationCosts`.
 """
 
@@ -35,7 +36,7 @@ SchedulePolicy = Literal["auto", "exact", "aebs", "metro", "token", "eplb", "ran
 POLICIES: tuple[SchedulePolicy, ...] = get_args(SchedulePolicy)
 
 TOKEN_SWEEPS = 2
-"""Times that `token` goes over the replicated experts: the second knows the loads of all."""
+"""Times that `token` goes over the replicated experts: the second knows all loads."""
 
 _GOLDEN = 0x9E3779B9
 """2**32 divided by the golden ratio: multiples of it modulo 2**32 fill the range evenly."""
@@ -45,9 +46,9 @@ Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActivationCosts:
-    """What `auto` weighs, measured by `janus_server.experts.calibration`; only their ratio counts.
+    """What `auto` weighs, measured by `janus_server.experts.calibration`; only the ratio matters.
 
-    Integers, so that no two workers differ by a rounding.
+    Integers, so that rounding cannot make two workers disagree.
     """
 
     expert_ps: int
@@ -85,7 +86,7 @@ class ReplicaChoice:
 
     @property
     def a_max(self) -> int:
-        """Of the worker that has to read most."""
+        """Distinct experts of the worker that has to read most."""
         return int(self.experts_W.max())
 
 
@@ -97,7 +98,7 @@ def schedule(
     costs: ActivationCosts | None = None,
     seed: int = 0,
 ) -> ReplicaChoice:
-    """Choose the replica of each pair; `costs` are needed by `auto`, `seed` is of `random`."""
+    """Choose the replica of each pair; `auto` needs `costs`, `random` uses `seed`."""
     ids_TK = topk_ids_TK.astype(np.int64)
     if policy in ("random", "eplb"):
         chosen_TK = _by_position(ids_TK, replicas.num_replicas_E, policy, seed)
@@ -113,7 +114,7 @@ def schedule(
 
 
 def activated(active_BE: npt.NDArray[np.bool_], replicas: LayerReplicas) -> tuple[Array, Array]:
-    """What `exact` does with many batches at once: the same as `schedule` does with each.
+    """Run `exact` on many batches at once; the result is that of `schedule` on each.
 
     active_BE says which experts a batch activates. Returns experts_BW, the distinct experts of each
     worker, and chosen_BE, the index of the chosen replica, -1 for an idle expert.
@@ -127,14 +128,14 @@ def activated(active_BE: npt.NDArray[np.bool_], replicas: LayerReplicas) -> tupl
 
 
 def floor(active_BE: npt.NDArray[np.bool_], replicas: LayerReplicas) -> npt.NDArray[np.int64]:
-    """What no schedule's a_max can be below, [B]: an even spread, or the experts with no choice."""
+    """A lower bound of a_max, [B]: an even spread, or the single-replica experts of one worker."""
     even_B = -(-active_BE.sum(axis=1) // replicas.num_workers)
     floor_B: Array = np.maximum(even_B, _forced(active_BE, replicas).max(axis=1))
     return floor_B
 
 
 def _by_position(ids_TK: Array, num_replicas_E: Array, policy: SchedulePolicy, seed: int) -> Array:
-    """Index of the replica of each pair, by nothing but where the pair stands in the batch."""
+    """Index of the replica of each pair, chosen by the pair's position in the batch alone."""
     pair_TK = np.arange(ids_TK.size).reshape(ids_TK.shape)
     if policy == "random":
         pair_TK = _mix(pair_TK.astype(np.uint32), seed).astype(np.int64)
@@ -142,7 +143,7 @@ def _by_position(ids_TK: Array, num_replicas_E: Array, policy: SchedulePolicy, s
 
 
 def _mix(value: npt.NDArray[np.uint32], seed: int) -> npt.NDArray[np.uint32]:
-    """The finisher of MurmurHash3 over a counter."""
+    """Hash positions to 32 bits: the final mixing of MurmurHash3, with its constants."""
     mixed = value * np.uint32(_GOLDEN) + np.uint32(seed & 0xFFFFFFFF)
     mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> np.uint32(13))) * np.uint32(0xC2B2AE35)
@@ -153,8 +154,8 @@ def _mix(value: npt.NDArray[np.uint32], seed: int) -> npt.NDArray[np.uint32]:
 def _by_share(ids_TK: Array, tokens_ER: Array) -> Array:
     """Index of the replica of each pair, so that replica r gets about tokens_ER[e, r] tokens.
 
-    Tokens are dealt out by their index times the golden ratio, which is even over any run of
-    tokens and needs no count of the tokens before; whole shares are dealt out exactly.
+    A token's index times the golden ratio, modulo 1, decides: that is even over any run of tokens,
+    and no token needs to know how many came before it. A replica whose share is all gets all.
     """
     place_T = (np.arange(ids_TK.shape[0]) * _GOLDEN & 0xFFFFFFFF) >> 16
     total_E1 = np.maximum(tokens_ER.sum(axis=1, keepdims=True), 1)
@@ -207,7 +208,7 @@ def _whole(tokens_E: Array, replicas: LayerReplicas, policy: SchedulePolicy) -> 
 
 
 def _forced(active_BE: npt.NDArray[np.bool_], replicas: LayerReplicas) -> Array:
-    """Activated experts of each worker that have their only replica there, [B, W]."""
+    """For each worker, the activated experts whose only replica it holds, [B, W]."""
     single_E = np.flatnonzero(replicas.num_replicas_E == 1)
     loads_BW = np.zeros((len(active_BE), replicas.num_workers), dtype=np.int64)
     for worker in range(replicas.num_workers):
@@ -219,7 +220,7 @@ def _forced(active_BE: npt.NDArray[np.bool_], replicas: LayerReplicas) -> Array:
 def _greedy(
     active_BE: npt.NDArray[np.bool_], replicas: LayerReplicas, order: Sequence[int] | Array
 ) -> tuple[Array, Array]:
-    """Give each activated expert of `order` to its least loaded worker, on top of the others.
+    """Give each activated expert of `order` to its least loaded worker, after all other experts.
 
     Returns loads_BW and chosen_BE: the index of the chosen replica, -1 for an idle expert.
     """
@@ -237,12 +238,13 @@ def _greedy(
 
 
 def _augment(chosen_E: Array, loads_W: Array, replicas: LayerReplicas, floor: int) -> None:
-    """Move experts along paths out of the fullest worker until none helps, or it is at the floor.
+    """Move experts off the fullest worker, along paths, until no path helps or it is at the floor.
 
-    Changes both arrays. A path hands an expert from worker to worker, each to one that holds a
-    replica of it, and ends where at least two fewer are: the fullest loses one, the end gains one.
-    When the fullest worker has no such path, those it can reach all have at least a_max - 1 experts
-    that only they can serve, so that no schedule has a smaller a_max.
+    Changes both arrays. On a path each worker hands an expert to the next, which holds a replica of
+    it. The path ends at a worker with at least two experts fewer than the fullest: the fullest
+    loses one expert, the last gains one, those between keep their number. If the fullest worker has
+    no such path, the workers that it can reach have at least a_max - 1 experts each, all of which
+    they alone can serve: then no schedule has a smaller a_max.
     """
     movable: list[int] = np.flatnonzero((chosen_E >= 0) & (replicas.num_replicas_E > 1)).tolist()
     while loads_W.max() > floor:
@@ -259,12 +261,13 @@ def _augment(chosen_E: Array, loads_W: Array, replicas: LayerReplicas, floor: in
                         if worker != fullest and worker not in came_by:
                             reached.setdefault(worker, (expert, index))
             came_by |= reached
-            frontier = sorted(reached)
+            frontier = sorted(reached)  # so that the lowest worker that qualifies is the end
             end = next((w for w in frontier if loads_W[w] <= loads_W[fullest] - 2), -1)
         if end < 0:
             return
         loads_W[fullest] -= 1
         loads_W[end] += 1
+        # Back along the path: each expert on it moves one worker further.
         while end != fullest:
             expert, index = came_by[end]
             end = int(replicas.workers_ER[expert, chosen_E[expert]])
@@ -272,7 +275,7 @@ def _augment(chosen_E: Array, loads_W: Array, replicas: LayerReplicas, floor: in
 
 
 def _split(tokens_E: Array, replicas: LayerReplicas) -> Array:
-    """Tokens of each replica, so that the workers' totals come out even."""
+    """Tokens of each replica, such that the workers' totals are nearly equal."""
     tokens_ER = np.zeros(replicas.slots_ER.shape, dtype=np.int64)
     tokens_ER[:, 0] = np.where(replicas.num_replicas_E == 1, tokens_E, 0)
     loads_W = replicas.per_worker(tokens_ER)
@@ -287,10 +290,10 @@ def _split(tokens_E: Array, replicas: LayerReplicas) -> Array:
 
 
 def fill_up(loads_R: Array, amount: int) -> Array:
-    """Pour `amount` onto the lowest loads until they stand level; what is left, lowest index first.
+    """Share out `amount` so that the lowest loads become equal, like water that finds its level.
 
-    The level is the least, over the loads taken as the highest still covered, of what they and all
-    lower ones would come to.
+    If the n lowest loads get everything, each ends at the mean of their sum and `amount`; the level
+    is the smallest such mean. What rounding leaves over goes to the lowest indices.
     """
     under_RR = loads_R[None, :] <= loads_R[:, None]
     level = int(((amount + (under_RR * loads_R).sum(axis=1)) // under_RR.sum(axis=1)).min())

@@ -1,6 +1,6 @@
 """Continuous batching: which sequences feed which tokens in the next step, over which KV blocks.
 
-`plan` decides and `complete` books what the step brought; neither touches a tensor. A step feeds
+`plan` decides and `complete` records the result of the step; neither touches a tensor. A step feeds
 every decoding sequence its one token first, then prefill chunks in order of arrival, then the first
 chunks of newly admitted sequences, all within `max_batch_tokens`.
 
@@ -10,15 +10,15 @@ Invariants, and why every request ends:
   takes the first that waits, and preemption puts the latest that runs back in front of the queue.
 * Every running sequence feeds at least one token in every step. A sequence is admitted only where
   budget is left after all that run, so more never run than there are tokens in the budget.
-* The blocks of all tokens that a sequence has, and of the one it samples next, are taken at
+* The blocks of all tokens that a sequence has, and of the token it samples next, are taken at
   admission (adjacent, where possible). So a prefill never lacks a block; only decoding ones do.
 * A decoding sequence that finds no block preempts the latest arrival, which may be itself. The
   oldest is the latest only when it runs alone, and then it fits: `add` asserts that. So the oldest
   feeds at least one token in every step, and ends.
 * An admission leaves one free block for every running sequence that may still grow. In
-  `block_size` steps a sequence grows by at most one block, so no one is preempted in the
-  `block_size` steps that follow an admission: whoever is preempted and comes back gets that many
-  steps at least. Alone, a sequence that fits the pool always meets this rule.
+  `block_size` steps a sequence grows by at most one block, so none is preempted in the
+  `block_size` steps that follow an admission: a sequence that is preempted and comes back gets at
+  least that many steps. Alone, a sequence that fits the pool always meets this rule.
 
 A plan may be dropped instead of completed, as when a peer is lost in the middle of its step: the
 next `plan` feeds the same tokens again, over the same blocks.
@@ -45,7 +45,7 @@ class SequencePlan:
     block_table: tuple[int, ...]
     """KV blocks of the sequence from position 0 on; covers at least the tokens that are fed."""
     samples: bool
-    """Whether the last known token is fed, so that the one at `start + num_tokens` is sampled."""
+    """Whether the last known token is fed, so that the token at `start + num_tokens` is sampled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +57,7 @@ class StepPlan:
     lanes: tuple[tuple[SequencePlan, ...], ...]
     """Micro-batches, each with at least one sequence."""
     preempted: tuple[str, ...]
-    """Requests that lost their KV blocks to this step and wait to be computed again."""
+    """Requests that lost their KV blocks to this step; they wait, and will be computed again."""
 
     @property
     def sequences(self) -> tuple[SequencePlan, ...]:
@@ -77,7 +77,7 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampledToken:
-    """A token that a step brought to a request."""
+    """A new token of a request."""
 
     request_id: str
     token_id: int
@@ -91,7 +91,7 @@ class _Entry:
 
     sequence: Sequence
     max_fed: int
-    """Tokens of the whole sequence that are ever fed: the last one is only sampled."""
+    """Tokens of the whole sequence that are ever fed: all but the last, which is only sampled."""
     block_table: list[int] = field(default_factory=list)
 
     @property
@@ -112,7 +112,7 @@ class Batcher:
         num_blocks: int,
         max_lanes: int = 1,
     ) -> None:
-        """All are at least 1; `max_sequences` bounds those that run at the same time."""
+        """All are at least 1; `max_sequences` bounds the sequences that run at the same time."""
         assert min(max_batch_tokens, max_sequences, block_size, num_blocks, max_lanes) >= 1
         self.block_size = block_size
         self.num_preemptions = 0
@@ -125,7 +125,7 @@ class Batcher:
         self._running: dict[str, _Entry] = {}
         self._waiting: OrderedDict[str, _Entry] = OrderedDict()
         self._num_plans = 0
-        # The plan to be completed, 0: none, and its sequences, which an abort takes out.
+        # Number of the plan that `complete` may record, 0: none. An abort drops its sequence.
         self._open_plan = 0
         self._planned: dict[str, _Entry] = {}
 
@@ -145,7 +145,7 @@ class Batcher:
         return self._allocator.num_free
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; the caller has refused those that the pool can never hold."""
+        """Queue a sequence; the caller has refused sequences that the pool can never hold."""
         request_id, max_tokens = sequence.request_id, sequence.params.max_tokens
         assert request_id not in self._running, f"request {request_id} is running already"
         assert request_id not in self._waiting, f"request {request_id} is waiting already"
@@ -162,7 +162,7 @@ class Batcher:
     def abort(self, request_id: str) -> bool:
         """Drop a sequence and free its KV blocks at once; false if it is not here (any more).
 
-        Between `plan` and `complete`, what the plan brings to the sequence is ignored.
+        If the sequence is in a plan that is not completed yet, its part of the plan is ignored.
         """
         entry = self._running.get(request_id) or self._waiting.get(request_id)
         if entry is None:
@@ -175,9 +175,11 @@ class Batcher:
         planned, preempted = self._plan_decodes()
         planned += self._plan_prefills(self._max_batch_tokens - len(planned))
         if not preempted:
-            budget = self._max_batch_tokens - sum(one.num_tokens for one in planned)
-            planned += self._admit(budget)
-        self._planned = {one.request_id: self._running[one.request_id] for one in planned}
+            num_fed = sum(sequence.num_tokens for sequence in planned)
+            planned += self._admit(self._max_batch_tokens - num_fed)
+        self._planned = {
+            sequence.request_id: self._running[sequence.request_id] for sequence in planned
+        }
         if not planned:
             self._open_plan = 0
             return None
@@ -190,7 +192,7 @@ class Batcher:
         )
 
     def complete(self, plan: StepPlan, sampled: Mapping[str, int]) -> list[SampledToken]:
-        """Book a step that was run: `sampled` holds a token id for every sequence that samples.
+        """Record a step that was run: `sampled` holds a token id for every sequence that samples.
 
         Only the latest plan can be completed, once. Returns the new tokens in the plan's order.
         """
@@ -225,13 +227,14 @@ class Batcher:
             assert entry.sequence.num_computed == 0, f"{request_id} waits half computed"
 
     def _plan_decodes(self) -> tuple[list[SequencePlan], list[str]]:
-        """One token for every decoding sequence; those that were preempted for it."""
+        """One token for every decoding sequence, and the requests that were preempted for them."""
         planned: list[SequencePlan] = []
         preempted: list[str] = []
         for request_id, entry in list(self._running.items()):
             if entry.num_unfed > 1:
                 continue
-            # A victim is the one in need or arrived later, so it is never among the planned.
+            # The latest arrival is preempted: this sequence or a later one, so never one that is
+            # planned already.
             while request_id in self._running:
                 if self._grow(entry):
                     planned.append(_sequence_plan(entry, 1))

@@ -1,4 +1,4 @@
-"""How often each expert is chosen of late: what a placement is made from.
+"""How often each expert was chosen recently: what a placement is made from.
 
 Pure: time is an argument. Shapes: E logical experts.
 """
@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 
 class RecentExpertTokens:
-    """Tokens of each expert and layer, in which those of `half_life_s` seconds ago count half.
+    """Tokens of each expert and layer; tokens of `half_life_s` seconds ago count half.
 
-    Fed with totals that only grow, so that a report that is lost is made up for by the next.
+    It is fed with totals since a worker's start, so that the next report makes up for a lost one.
     """
 
     def __init__(self, half_life_s: float) -> None:
@@ -23,7 +23,7 @@ class RecentExpertTokens:
         self._updated_s = 0.0
 
     def update(self, totals: Mapping[int, npt.NDArray[np.int64]], now_s: float) -> None:
-        """Take note of totals_E of some layers; smaller ones than before mean a new beginning."""
+        """Take in the totals [E] of some layers; totals that shrank are those of a new worker."""
         decay = 0.5 ** (max(now_s - self._updated_s, 0.0) / self.half_life_s)
         self._updated_s = now_s
         for recent_E in self._recent.values():
@@ -35,5 +35,5 @@ class RecentExpertTokens:
             self._totals[layer] = total_E
 
     def of(self) -> Mapping[int, npt.NDArray[np.float64]]:
-        """Layer -> tokens of late of each expert, as of the last update."""
+        """Layer -> recent tokens of each expert [E], as of the last update."""
         return self._recent

@@ -19,7 +19,7 @@ SlotExperts = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerReplicas:
-    """The replicas of each expert of one layer. R: replicas of the expert that has most."""
+    """The replicas of each expert of one layer. R: the largest number of replicas of an expert."""
 
     num_workers: int
     slots_per_worker: int
@@ -92,7 +92,7 @@ class Placement:
         )
 
     def check(self, num_experts: int) -> None:
-        """Raise ValueError unless every layer holds every expert, and no worker one twice."""
+        """Raise ValueError unless each layer has all experts, and no worker has an expert twice."""
         for layer, experts_WC in self.layers.items():
             held_by_E = np.zeros(num_experts, dtype=np.int64)
             for worker, slots_C in enumerate(experts_WC):
@@ -125,9 +125,9 @@ def round_robin(
 ) -> Placement:
     """Deal experts out in turn: expert e of the i-th MoE layer goes to worker (e + i) mod W.
 
-    Slots beyond those hold further replicas, dealt out in turn too; a worker with a slot for every
-    expert leaves the rest empty. `slots_per_worker`, C, is by default what the experts need at
-    least. Raises ValueError if there are more workers than experts, or too few slots.
+    Further slots hold further replicas, dealt out in turn too; slots beyond one for every expert
+    stay empty. `slots_per_worker`, C, is by default the least that holds all experts. Raises
+    ValueError if there are more workers than experts, or too few slots.
     """
     assert num_workers > 0, "a placement needs an expert worker"
     if num_workers > num_experts:
@@ -167,7 +167,8 @@ def _deal(turn: int, num_experts: int, num_workers: int, num_slots: int) -> Slot
     next_expert = turn % num_experts
     for slot in range(min(num_slots, num_experts)):
         for worker in np.flatnonzero(experts_WC[:, slot] == EMPTY).tolist():
-            # The expert with the fewest replicas, the next in turn among equals.
+            # Replicas and turn in one number: its minimum is the next in turn of the experts with
+            # the fewest replicas.
             in_turn_E = (np.arange(num_experts) - next_expert) % num_experts
             rank_E = num_replicas_E * num_experts + in_turn_E
             expert = int(np.where(held_WE[worker], np.iinfo(np.int64).max, rank_E).argmin())

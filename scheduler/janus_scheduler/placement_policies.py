@@ -5,13 +5,14 @@ tokens, K experts of a token, B batches.
 
 Policies, each for one layer:
 
-- `round_robin`: dealt out in turn, whatever the routing.
+- `round_robin`: experts dealt out in turn, whatever the routing.
 - `eplb`: replicas by tokens per replica, the heaviest first to the worker with the fewest tokens;
   hierarchical where expert groups divide the nodes (github.com/deepseek-ai/EPLB, whose packing may
   put two copies of an expert on one GPU: ours never does).
-- `coactivation`: the same replicas, each to the worker whose experts are least often chosen
+- `coactivation`: the same replicas, each on the worker whose experts are least often chosen
   together with it (arXiv 2512.13525, appendix B).
-- `search`: from the best of these, changes that lower the expected a_max of the `exact` schedule.
+- `search`: starts from the best of these, and keeps changes that lower the expected a_max of the
+  `exact` schedule.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ PlacementPolicy = Literal["search", "coactivation", "eplb", "round_robin"]
 PLACEMENT_POLICIES: tuple[PlacementPolicy, ...] = get_args(PlacementPolicy)
 
 _SEARCH_BATCHES = 256
-"""Fewer, and the search fits what it has seen rather than what is to come."""
+"""With fewer batches, the search would fit these batches rather than the routing."""
 
 Counts = npt.NDArray[np.int64]
 AddedCost = Callable[[int, int, list[list[int]]], float]
@@ -50,9 +51,9 @@ def place(
 ) -> Placement:
     """Place every layer of `routing` (layer -> [N, K]).
 
-    `eplb` is hierarchical where num_groups, of experts, divide evenly over num_nodes, of workers.
-    `search` tries `effort` changes a layer on batches of `batch_tokens` tokens. Raises ValueError
-    where the slots cannot hold every expert, or are more than can be used.
+    `eplb` is hierarchical if the num_groups groups of experts divide evenly over the num_nodes
+    nodes. `search` tries `effort` changes a layer on batches of `batch_tokens` tokens. Raises
+    ValueError if the slots cannot hold every expert, or are more than can be used.
     """
     in_turn = round_robin(
         moe_layers=sorted(routing),
@@ -93,9 +94,9 @@ def place_without_replicas(
     effort: int = 1000,
     seed: int = 0,
 ) -> SlotExperts:
-    """What replicas have to beat: each expert once, searched alike; slots to spare stay empty.
+    """The baseline of replication: each expert once, searched as long; spare slots stay empty.
 
-    Their room is used, too: a worker may hold few busy experts and another many idle ones.
+    Spare slots still help: a worker may hold a few busy experts, and another many idle experts.
     """
     counts_E = expert_counts(ids_NK, num_experts)
     once_E = np.ones(num_experts, dtype=np.int64)
@@ -104,14 +105,14 @@ def place_without_replicas(
         for slots in {slots_per_worker, -(-num_experts // num_workers)}
     ]
     padded = [
-        np.pad(one, ((0, 0), (0, slots_per_worker - one.shape[1])), constant_values=EMPTY)
-        for one in starts
+        np.pad(table, ((0, 0), (0, slots_per_worker - table.shape[1])), constant_values=EMPTY)
+        for table in starts
     ]
     return _search(padded, ids_NK, num_experts, batch_tokens, effort, seed)
 
 
 def replicate(counts_E: Counts, num_slots: int, most: int) -> Counts:
-    """Replicas of each expert: one, then each further slot to the most tokens per replica.
+    """Replicas of each expert: first 1, then each further slot to the most tokens per replica.
 
     No expert gets more than `most`; ties go to the lowest expert.
     """
@@ -125,7 +126,7 @@ def replicate(counts_E: Counts, num_slots: int, most: int) -> Counts:
 def by_coactivation(
     counts_E: Counts, coactivation_EE: Counts, num_workers: int, slots_per_worker: int
 ) -> SlotExperts:
-    """Place the heaviest replicas first, each where it is least often chosen with what is there."""
+    """Place the heaviest replicas first, each where it is least often chosen with the others."""
 
     def added(expert: int, worker: int, held: list[list[int]]) -> float:
         return float(coactivation_EE[expert, held[worker]].sum())
@@ -205,18 +206,20 @@ def _pack(
 ) -> SlotExperts:
     """Fill all slots, the heaviest replicas first, each on the worker to which it adds least.
 
-    Where every worker with a free slot has a copy already, one expert makes room by moving there.
+    If every worker with a free slot has a copy already, an expert of another worker moves to such a
+    slot and leaves its own slot to the replica.
     """
     held: list[list[int]] = [[] for _ in range(num_workers)]
     replicas = np.repeat(np.arange(len(counts_E)), num_replicas_E)
     heaviest_first = np.argsort(-(counts_E / num_replicas_E)[replicas], kind="stable")
     for expert in replicas[heaviest_first].tolist():
-        free = [w for w in range(num_workers) if len(held[w]) < slots_per_worker]
-        fitting = [w for w in free if expert not in held[w]]
+        free = [worker for worker in range(num_workers) if len(held[worker]) < slots_per_worker]
+        fitting = [worker for worker in free if expert not in held[worker]]
         if fitting:
             held[min(fitting, key=lambda w: added(expert, w, held))].append(expert)
             continue
-        # A full worker without a copy holds something that a worker with a free slot does not.
+        # Such a move exists: a full worker without a copy holds more experts than a worker with a
+        # free slot, hence some that the latter lacks.
         worker, moved, to = min(
             (
                 (w, other, h)
@@ -245,7 +248,7 @@ def _search(
     effort: int,
     seed: int,
 ) -> SlotExperts:
-    """Try changes around the fullest workers of the batches; keep what lowers a_max on average."""
+    """Try changes around the fullest workers of the batches; keep what lowers the mean a_max."""
     rng = np.random.default_rng(seed)
     active_BE = sample_batches(
         ids_NK, num_experts, num_tokens=batch_tokens, num_batches=_SEARCH_BATCHES, seed=seed
@@ -254,7 +257,8 @@ def _search(
     def judge(table_WC: SlotExperts) -> tuple[float, Counts, Counts, LayerReplicas]:
         replicas = _replicas(table_WC, num_experts)
         experts_BW, chosen_BE = activated(active_BE, replicas)
-        # The spread below the fullest worker breaks ties: it is room for the next change.
+        # Among equal a_max, an even spread is better: it leaves room for the next change. The
+        # factor is small, so that this only breaks ties.
         score = experts_BW.max(axis=1).mean() + 1e-3 * (experts_BW**2).mean()
         return float(score), experts_BW, chosen_BE, replicas
 
@@ -279,10 +283,10 @@ def _relieve(
     replicas: LayerReplicas,
     rng: np.random.Generator,
 ) -> SlotExperts | None:
-    """Take an expert that the fullest worker of some batch reads to a worker that reads fewer.
+    """Copy or move an expert from the fullest worker of some batch to a worker that reads fewer.
 
-    There it takes an empty slot, or that of an expert that the batch leaves idle: of a replica to
-    spare, or in exchange. None where the draw finds no such change.
+    There it takes an empty slot, or the slot of an expert that the batch does not activate. That
+    expert has other replicas, or moves the other way. None if the random draw finds no such change.
     """
     batch = int(rng.integers(len(active_BE)))
     load_W, active_E = experts_BW[batch], active_BE[batch]

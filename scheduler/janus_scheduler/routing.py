@@ -17,16 +17,16 @@ ExpertIds = npt.NDArray[np.integer]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpectedLoad:
-    """What a placement of one layer comes to under the `exact` schedule, over sampled batches."""
+    """How a placement of one layer does under the `exact` schedule, over sampled batches."""
 
     a_max: float
     """Mean of the most experts read by one worker."""
     a_max_p99: float
     """Its 99th percentile."""
     floor: float
-    """Mean of what no schedule on any placement can be below: an even spread of the active ones."""
+    """Mean of the least a_max that any placement could have: activated experts spread evenly."""
     imbalance: float
-    """Tokens of the busiest worker against the mean, were each expert's split evenly."""
+    """Tokens of the busiest worker over the mean, if the replicas of an expert shared evenly."""
 
 
 def expert_counts(ids_NK: ExpertIds, num_experts: int) -> npt.NDArray[np.int64]:
@@ -46,9 +46,10 @@ def coactivation(ids_NK: ExpertIds, num_experts: int) -> npt.NDArray[np.int64]:
 def sample_batches(
     ids_NK: ExpertIds, num_experts: int, *, num_tokens: int, num_batches: int, seed: int
 ) -> npt.NDArray[np.bool_]:
-    """Experts that batches of `num_tokens` tokens drawn from all over the trace activate, [B, E].
+    """Which experts each of `num_batches` made-up batches activates, [B, E].
 
-    A decode batch has one token of each of many requests, hence not neighbours of one text.
+    A batch has `num_tokens` tokens from all over the trace: a decode batch holds one token of each
+    of many requests, not neighbours of one text.
     """
     rng = np.random.default_rng(seed)
     active_BE = np.zeros((num_batches, num_experts), dtype=bool)
@@ -63,10 +64,10 @@ def expected_load(
     counts_E: npt.NDArray[np.int64],
     replicas: LayerReplicas,
 ) -> ExpectedLoad:
-    """Judge one layer's replicas by batches that `sample_batches` drew, and by tokens' counts."""
+    """Judge one layer's replicas by batches from `sample_batches` and each expert's tokens."""
     experts_BW, _ = activated(active_BE, replicas)
     a_max_B = experts_BW.max(axis=1)
-    # In fractions of a token: dealing whole ones would be the schedule's business.
+    # In thousandths of a token, as an even share of an expert's tokens is seldom a whole number.
     tokens_W = replicas.per_worker(
         np.broadcast_to(
             (counts_E * 1000 // replicas.num_replicas_E)[:, None], replicas.slots_ER.shape

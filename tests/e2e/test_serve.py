@@ -1,6 +1,8 @@
 """Real processes over real sockets, judged by transformers on the same checkpoint."""
 
+import math
 import random
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from janus_proto.v1 import inference_pb2
 from tests.conftest import CheckpointFactory
@@ -260,6 +263,20 @@ def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
     result = run_janus("serve", str(tmp_path / "nothing"))
     assert result.returncode == 1
     assert result.stderr == f"janus: no checkpoint folder at {tmp_path / 'nothing'}\n"
+
+
+def test_a_weight_that_is_no_number_ends_the_start_with_a_sentence(
+    folder: Path, tmp_path: Path
+) -> None:
+    spoilt = Path(shutil.copytree(folder, tmp_path / "model"))
+    tensors = load_file(spoilt / "model.safetensors")
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    tensors[name][3, 7] = math.nan
+    save_file(tensors, spoilt / "model.safetensors")
+    result = run_janus("serve", str(spoilt), "--listen", "127.0.0.1:0")
+    assert result.returncode == 1
+    assert result.stderr.count(f"{name} in {spoilt / 'model.safetensors'} holds nan at [3, 7]") == 1
+    assert "Traceback" not in result.stderr
 
 
 def test_flags_are_keys_of_a_toml_file(folder: Path, tmp_path: Path) -> None:

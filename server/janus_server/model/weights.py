@@ -1,5 +1,6 @@
 """Read single tensors of a checkpoint, lazily, so that a worker touches only what it owns."""
 
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -57,7 +58,10 @@ class WeightReader:
         self._stack.close()
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, in the dtype and on the device of this reader."""
+        """The tensor `name`, in the dtype and on the device of this reader.
+
+        Raises CheckpointError where it cannot be read, or holds values that are no numbers.
+        """
         path = self.checkpoint.tensors[name].path
         try:
             if path not in self._open_shards:
@@ -65,8 +69,28 @@ class WeightReader:
             tensor: torch.Tensor = self._open_shards[path].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {name} from {path}: {error}") from None
-        return tensor.to(device=self.device, dtype=self.dtype)
+        converted = tensor.to(device=self.device, dtype=self.dtype)
+        # A sum is finite only if each value is, and takes a single fast pass.
+        if not converted.sum().isfinite():
+            _check_finite(name, path, tensor, converted)
+        return converted
 
     def read_rows(self, *names: str) -> torch.Tensor:
         """Several tensors, one below the other."""
         return torch.cat([self.read(name) for name in names])
+
+
+def _check_finite(name: str, path: Path, stored: torch.Tensor, converted: torch.Tensor) -> None:
+    """Refuse NaN and infinities; raises nothing where only the sum of the values overflowed."""
+    bad = ~converted.isfinite()
+    if not bad.any():
+        return
+    index = bad.nonzero()[0].tolist()
+    value = stored[tuple(index)].item()
+    served = next(name for name, dtype in _DTYPES.items() if dtype == converted.dtype)
+    why = (
+        f"a number beyond the range of {served}; --dtype fp32 can hold it"
+        if math.isfinite(value)
+        else "which is no number that a model can be served with"
+    )
+    raise CheckpointError(f"{name} in {path} holds {value:g} at {index}, {why}")

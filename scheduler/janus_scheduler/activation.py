@@ -41,6 +41,9 @@ TOKEN_SWEEPS = 2
 _GOLDEN = 0x9E3779B9
 """2**32 divided by the golden ratio: multiples of it modulo 2**32 fill the range evenly."""
 
+MAX_COST_PS = 10**12
+"""A second: sums over the tokens of a batch fit an int64."""
+
 Array = npt.NDArray[np.int64]
 
 
@@ -57,8 +60,11 @@ class ActivationCosts:
     """Time to compute one more token-expert pair (gamma), in picoseconds."""
 
     def __post_init__(self) -> None:
-        if self.expert_ps < 1 or self.pair_ps < 1:
-            raise ValueError(f"the costs of an expert and of a pair must be above 0, not {self}")
+        if not (1 <= self.expert_ps <= MAX_COST_PS and 1 <= self.pair_ps <= MAX_COST_PS):
+            raise ValueError(
+                f"the costs of an expert and of a pair must be from 1 to {MAX_COST_PS} ps, not "
+                f"{self.expert_ps} and {self.pair_ps}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

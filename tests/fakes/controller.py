@@ -1,16 +1,35 @@
 """A controller's membership for a small model."""
 
+from typing import Any
+
+from janus_proto.v1 import control_pb2
+from janus_proto.v1.control_pb2 import RegisterRequest
 from janus_server.controller.config import PoolConfig, ScheduleConfig
 from janus_server.controller.membership import Membership
 from janus_server.controller.placement import first_placement
+from janus_server.controller.registration import Deployment
 from tests.fakes.model_specs import SMALL_SPEC
 
 
 def members_of(pools: PoolConfig, schedule: ScheduleConfig | None = None) -> Membership:
     placement = first_placement(pools, SMALL_SPEC) if pools.expert_workers else None
     return Membership(
-        fingerprint="same",
+        deployment=Deployment(fingerprint="same", dtype="bf16"),
         pools=pools,
         placement=placement,
         schedule=schedule or ScheduleConfig(),
+    )
+
+
+def registration(role: "control_pb2.WorkerRole.ValueType", **fields: Any) -> RegisterRequest:
+    """What a worker of that deployment says of itself, unless `fields` say otherwise."""
+    return RegisterRequest(
+        **{
+            "role": role,
+            "address": "host:1",
+            "pid": 1,
+            "model_fingerprint": "same",
+            "dtype": "bf16",
+            **fields,
+        }
     )

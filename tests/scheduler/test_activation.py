@@ -101,7 +101,7 @@ def test_auto_reads_little_in_decode_and_computes_evenly_in_prefill() -> None:
 
 
 def test_costs_must_be_above_zero() -> None:
-    with pytest.raises(ValueError, match="must be above 0"):
+    with pytest.raises(ValueError, match="must be from 1 to"):
         ActivationCosts(expert_ps=0, pair_ps=1)
 
 

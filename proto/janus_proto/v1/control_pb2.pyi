@@ -45,6 +45,8 @@ class RegisterRequest(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     ACTIVATION_COSTS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    COMPUTE_FIELD_NUMBER: _builtins.int
     role: Global___WorkerRole.ValueType
     address: _builtins.str
     """HOST:PORT of the worker's gRPC service; empty for a worker without one."""
@@ -52,10 +54,14 @@ class RegisterRequest(_message.Message):
     """Operating-system process id, for the operator."""
     model_fingerprint: _builtins.str
     """SHA-256 of config.json: all workers must serve the same model."""
+    dtype: _builtins.str
+    """Number format of weights and activations, as --dtype names it: of all workers the same."""
     @_builtins.property
     def activation_costs(self) -> Global___ActivationCosts:
         """Of an expert worker: what it measured on itself."""
 
+    @_builtins.property
+    def compute(self) -> Global___ComputeIdentity: ...
     def __init__(
         self,
         *,
@@ -64,14 +70,82 @@ class RegisterRequest(_message.Message):
         pid: _builtins.int = ...,
         model_fingerprint: _builtins.str = ...,
         activation_costs: Global___ActivationCosts | None = ...,
+        dtype: _builtins.str = ...,
+        compute: Global___ComputeIdentity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activation_costs", b"activation_costs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation_costs", b"activation_costs", "compute", b"compute"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_costs", b"activation_costs", "address", b"address", "model_fingerprint", b"model_fingerprint", "pid", b"pid", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_costs", b"activation_costs", "address", b"address", "compute", b"compute", "dtype", b"dtype", "model_fingerprint", b"model_fingerprint", "pid", b"pid", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RegisterRequest: _TypeAlias = RegisterRequest  # noqa: Y015
+
+@_typing.final
+class ComputeIdentity(_message.Message):
+    """What decides the last bits of the numbers that a worker computes. Expert workers that differ may
+    choose different experts for a token.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class VersionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    CPU_CAPABILITY_FIELD_NUMBER: _builtins.int
+    CPU_FEATURES_FIELD_NUMBER: _builtins.int
+    HAS_ONEDNN_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """"cpu", or the name of the GPU; with a GPU the rest but the versions stays unset."""
+    cpu_capability: _builtins.str
+    """Instruction set that torch has chosen, such as AVX512."""
+    has_onednn: _builtins.bool
+    threads: _builtins.int
+    @_builtins.property
+    def cpu_features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the processor, those for which libraries take other paths; ascending."""
+
+    @_builtins.property
+    def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Library -> version."""
+
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        cpu_capability: _builtins.str = ...,
+        cpu_features: _abc.Iterable[_builtins.str] | None = ...,
+        has_onednn: _builtins.bool = ...,
+        threads: _builtins.int = ...,
+        versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_capability", b"cpu_capability", "cpu_features", b"cpu_features", "device", b"device", "has_onednn", b"has_onednn", "threads", b"threads", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComputeIdentity: _TypeAlias = ComputeIdentity  # noqa: Y015
 
 @_typing.final
 class ActivationCosts(_message.Message):

@@ -15,6 +15,7 @@ from janus_server.attention.memory import attention_needs, free_kv_bytes, with_k
 from janus_server.attention.service import AttentionWorkerService
 from janus_server.attention.weights import load_attention_weights
 from janus_server.comm.base import ExpertPool
+from janus_server.comm.compute_identity import compute_identity
 from janus_server.comm.config import SIGNS_PER_TIMEOUT
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.comm.epoch import group_config
@@ -107,9 +108,13 @@ async def _serve_epoch(
 ) -> None:
     fingerprint = await WorkThread(checkpoint.fingerprint, name="sampling the weights").result()
     worker_id = await control.register(
-        control_pb2.WORKER_ROLE_ATTENTION,
-        address=address,
-        fingerprint=fingerprint,
+        control_pb2.RegisterRequest(
+            role=control_pb2.WORKER_ROLE_ATTENTION,
+            address=address,
+            model_fingerprint=fingerprint,
+            dtype=config.model.dtype,
+            compute=compute_identity(device_of(config.model, config.device_index), config.threads),
+        ),
         timeout_s=config.comm.startup_timeout_s,
     )
     loop = asyncio.get_running_loop()

@@ -47,31 +47,15 @@ class ControlClient:
         self._heartbeats: asyncio.Task[None] | None = None
         self._load_report: LoadReport | None = None
 
-    async def register(
-        self,
-        role: "control_pb2.WorkerRole.ValueType",
-        *,
-        address: str,
-        fingerprint: str,
-        timeout_s: float,
-        costs: control_pb2.ActivationCosts | None = None,
-    ) -> str:
+    async def register(self, worker: control_pb2.RegisterRequest, *, timeout_s: float) -> str:
         """Register this process, start its heartbeats and return its worker id.
 
-        `address` is the HOST:PORT of its own gRPC service, "" for none; `fingerprint` that of its
-        checkpoint; `costs` what an expert worker measured on itself. Waits up to `timeout_s`
-        seconds for a controller that is not up yet. Raises UnavailableError when it does not
-        answer, ConfigError when it refuses.
+        `worker` says all but the process id. Waits up to `timeout_s` seconds for a controller that
+        is not up yet. Raises UnavailableError when it does not answer, ConfigError when it refuses.
         """
-        request = control_pb2.RegisterRequest(
-            role=role,
-            address=address,
-            pid=os.getpid(),
-            model_fingerprint=fingerprint,
-            activation_costs=costs,
-        )
+        worker.pid = os.getpid()
         try:
-            response = await self._stub.Register(request, timeout=timeout_s, wait_for_ready=True)
+            response = await self._stub.Register(worker, timeout=timeout_s, wait_for_ready=True)
         except grpc.aio.AioRpcError as error:
             if error.code() in (
                 grpc.StatusCode.FAILED_PRECONDITION,

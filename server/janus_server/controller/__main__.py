@@ -15,6 +15,7 @@ from janus_server.controller.membership import (
     given_costs,
 )
 from janus_server.controller.placement import first_placement
+from janus_server.controller.registration import Deployment
 from janus_server.controller.service import SERVICE_NAME, ControlService
 from janus_server.grpc_server import check_can_listen, start_server
 from janus_server.model.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ async def main(config: ControllerConfig, stop: asyncio.Event) -> None:
     given_costs(config.schedule)
     has_experts = config.pools.expert_workers > 0
     membership = Membership(
-        fingerprint=checkpoint.fingerprint(),
+        deployment=Deployment(fingerprint=checkpoint.fingerprint(), dtype=config.model.dtype),
         pools=config.pools,
         placement=first_placement(config.pools, checkpoint.spec) if has_experts else None,
         schedule=config.schedule,

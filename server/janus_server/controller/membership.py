@@ -13,8 +13,15 @@ from janus_proto.v1 import control_pb2
 from janus_scheduler.activation import ActivationCosts, Scheduling
 from janus_scheduler.model_spec import ModelSpec
 from janus_scheduler.placement import Placement
+from janus_server.comm.compute_identity import differences
 from janus_server.controller.activity import ExpertActivity
 from janus_server.controller.config import PoolConfig, ScheduleConfig
+from janus_server.controller.registration import (
+    ROLE_NAMES,
+    Deployment,
+    Registration,
+    check_registration,
+)
 from janus_server.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -24,15 +31,6 @@ HEARTBEAT_INTERVAL_S = 1.0
 
 LOST_AFTER_S = 10 * HEARTBEAT_INTERVAL_S
 """A worker silent for longer counts as lost until it is heard of again, in seconds."""
-
-_ROLE_NAMES = {
-    control_pb2.WORKER_ROLE_ATTENTION: "attention",
-    control_pb2.WORKER_ROLE_EXPERT: "expert",
-}
-
-
-class RegistrationRefusedError(Exception):
-    """The worker must not take part; the message is one sentence for its operator."""
 
 
 class UnknownWorkerError(Exception):
@@ -44,16 +42,11 @@ class Member:
     """A registered worker."""
 
     worker_id: str
-    role: "control_pb2.WorkerRole.ValueType"
-    address: str
-    """HOST:PORT of its gRPC service; empty: it has none."""
-    pid: int
+    registration: Registration
     last_heard_s: float
     lost: bool = False
     ready_epoch: int = 0
     """The epoch it is ready to serve; 0: none."""
-    costs: ActivationCosts | None = None
-    """What an expert worker measured on itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,12 +92,12 @@ class Membership:
     def __init__(
         self,
         *,
-        fingerprint: str,
+        deployment: Deployment,
         pools: PoolConfig,
         placement: Placement | None,
         schedule: ScheduleConfig,
     ) -> None:
-        self._fingerprint = fingerprint
+        self._deployment = deployment
         self._pools = pools
         self._placement = placement
         self._schedule = schedule
@@ -113,35 +106,17 @@ class Membership:
         self.activity = ExpertActivity(placement)
         self.version = 0
 
-    def register(
-        self,
-        *,
-        role: "control_pb2.WorkerRole.ValueType",
-        address: str,
-        pid: int,
-        fingerprint: str,
-        now_s: float,
-        costs: ActivationCosts | None = None,
-    ) -> str:
+    def register(self, request: control_pb2.RegisterRequest, *, now_s: float) -> str:
         """Add a worker and return its id; raises RegistrationRefusedError."""
-        if role not in _ROLE_NAMES:
-            raise RegistrationRefusedError("a worker must register as attention or expert worker")
-        if fingerprint != self._fingerprint:
-            raise RegistrationRefusedError(
-                f"the {_ROLE_NAMES[role]} worker with process id {pid} serves another model than "
-                "this controller: their configurations or weights differ"
-            )
-        index = len(self._of_role(role))
+        registration = check_registration(request, self._deployment)
+        role = registration.role
         member = Member(
-            worker_id=f"{_ROLE_NAMES[role]}-{index}",
-            role=role,
-            address=address,
-            pid=pid,
+            worker_id=f"{ROLE_NAMES[role]}-{len(self._of_role(role))}",
+            registration=registration,
             last_heard_s=now_s,
-            costs=costs,
         )
         self._members[member.worker_id] = member
-        logger.info("%s registered (pid %d)", member.worker_id, pid)
+        logger.info("%s registered (pid %d)", member.worker_id, registration.pid)
         if self.epoch is None:
             self._try_form_epoch(number=1)
         self.version += 1
@@ -193,7 +168,7 @@ class Membership:
         return tuple(self._members.values())
 
     def _of_role(self, role: "control_pb2.WorkerRole.ValueType") -> list[Member]:
-        return [member for member in self._members.values() if member.role == role]
+        return [member for member in self._members.values() if member.registration.role == role]
 
     def _try_form_epoch(self, *, number: int) -> None:
         attention, experts = (
@@ -218,11 +193,13 @@ class Membership:
         logger.info(
             "epoch %d: %d attention and %d expert workers", number, len(attention), len(experts)
         )
+        _warn_of_differences(experts)
 
     def _scheduling(self, experts: Sequence[Member]) -> Scheduling:
         """The costs are those of the slowest worker, for which the others wait."""
         given = given_costs(self._schedule)
-        costs = [given] if given else [member.costs for member in experts if member.costs]
+        measured = [member.registration.costs for member in experts]
+        costs = [given] if given else [one for one in measured if one is not None]
         agreed = ActivationCosts(
             expert_ps=max((one.expert_ps for one in costs), default=1),
             pair_ps=max((one.pair_ps for one in costs), default=1),
@@ -234,6 +211,23 @@ class Membership:
             agreed.pair_ps / 1e6,
         )
         return Scheduling(policy=self._schedule.schedule, costs=agreed)
+
+
+def _warn_of_differences(experts: Sequence[Member]) -> None:
+    """Log, for each kind of expert worker, how it differs from the first of all."""
+    warned: set[tuple[str, ...]] = {()}
+    for member in experts:
+        first = experts[0]
+        found = differences(first.registration.compute, member.registration.compute)
+        if tuple(found) not in warned:
+            warned.add(tuple(found))
+            logger.warning(
+                "%s and %s may round differently, and then choose different experts for a token: "
+                "%s",
+                first.worker_id,
+                member.worker_id,
+                "; ".join(found),
+            )
 
 
 def given_costs(schedule: ScheduleConfig) -> ActivationCosts | None:

@@ -11,15 +11,15 @@ import grpc.aio
 
 from janus_proto.v1 import control_pb2
 from janus_proto.v1.control_pb2_grpc import ControlServiceServicer
-from janus_server.comm.epoch import costs_of, placement_message, scheduling_message
+from janus_server.comm.epoch import placement_message, scheduling_message
 from janus_server.controller.membership import (
     HEARTBEAT_INTERVAL_S,
     EpochPlan,
     Member,
     Membership,
-    RegistrationRefusedError,
     UnknownWorkerError,
 )
+from janus_server.controller.registration import RegistrationRefusedError
 
 SERVICE_NAME = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 
@@ -46,19 +46,8 @@ class ControlService(ControlServiceServicer):
     ) -> control_pb2.RegisterResponse:
         """Add a worker; FAILED_PRECONDITION where it must not take part."""
         try:
-            worker_id = self._membership.register(
-                role=request.role,
-                address=request.address,
-                pid=request.pid,
-                fingerprint=request.model_fingerprint,
-                now_s=_now_s(),
-                costs=(
-                    costs_of(request.activation_costs)
-                    if request.HasField("activation_costs")
-                    else None
-                ),
-            )
-        except (RegistrationRefusedError, ValueError) as error:
+            worker_id = self._membership.register(request, now_s=_now_s())
+        except RegistrationRefusedError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         self._publish()
         return control_pb2.RegisterResponse(
@@ -115,7 +104,7 @@ class ControlService(ControlServiceServicer):
                     worker_id=member.worker_id, load=activity.loads.get(member.worker_id)
                 )
                 for member in self._membership.members()
-                if member.role == control_pb2.WORKER_ROLE_EXPERT
+                if member.registration.role == control_pb2.WORKER_ROLE_EXPERT
             ],
             recent_tokens=[
                 control_pb2.RecentTokens(
@@ -158,10 +147,10 @@ class ControlService(ControlServiceServicer):
     def _worker(self, member: Member, rank: int) -> control_pb2.Worker:
         return control_pb2.Worker(
             worker_id=member.worker_id,
-            role=member.role,
+            role=member.registration.role,
             rank=rank,
-            address=member.address,
-            pid=member.pid,
+            address=member.registration.address,
+            pid=member.registration.pid,
             ready=self._membership.is_ready(member),
         )
 

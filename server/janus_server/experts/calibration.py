@@ -13,7 +13,7 @@ import torch
 
 from janus_kernels.grouped_gemm import expert_ffn
 from janus_kernels.linear import pack_weight
-from janus_scheduler.activation import ActivationCosts
+from janus_scheduler.activation import MAX_COST_PS, ActivationCosts
 from janus_scheduler.model_spec import ModelSpec
 
 _MAX_EXPERTS = 8
@@ -74,6 +74,8 @@ def measure_costs(
         one, experts, tokens = probe(1, 1), probe(num_experts, 1), probe(1, most_tokens)
     pair_s = (tokens - one) / (most_tokens - 1)
     expert_s = (experts - one) / (num_experts - 1) - pair_s
-    return ActivationCosts(
-        expert_ps=max(1, round(1e12 * expert_s)), pair_ps=max(1, round(1e12 * pair_s))
-    )
+    return ActivationCosts(expert_ps=_cost_ps(expert_s), pair_ps=_cost_ps(pair_s))
+
+
+def _cost_ps(measured_s: float) -> int:
+    return min(max(1, round(1e12 * measured_s)), MAX_COST_PS)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from janus_proto.v1 import control_pb2
+from janus_server.comm.compute_identity import compute_identity
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.comm.epoch import costs_message, group_config, placement_of, scheduling_of
 from janus_server.comm.gloo import GlooAttentionPool
@@ -47,18 +48,7 @@ async def _serve_epoch(
     config: ExpertConfig, checkpoint: Checkpoint, control: ControlClient
 ) -> None:
     device, dtype = device_of(config.model, config.device_index), dtype_of(config.model)
-    costs = await WorkThread(
-        lambda: measure_costs(checkpoint.spec, dtype=dtype, device=device),
-        name="measuring the experts",
-    ).result()
-    fingerprint = await WorkThread(checkpoint.fingerprint, name="sampling the weights").result()
-    worker_id = await control.register(
-        control_pb2.WORKER_ROLE_EXPERT,
-        address="",
-        fingerprint=fingerprint,
-        timeout_s=config.comm.startup_timeout_s,
-        costs=costs_message(costs),
-    )
+    worker_id = await _register(config, checkpoint, control)
     epoch = await wait_for_epoch(control, timeout_s=config.comm.startup_timeout_s)
     group = group_config(epoch, worker_id, config.comm)
     index = group.expert_ranks.index(group.rank)
@@ -101,6 +91,25 @@ def _load_runner(
     with WeightReader(checkpoint, dtype=dtype_of(config.model), device=device) as reader:
         layers = load_layers(reader, placement, worker)
     return ExpertRunner(spec, layers, worker=worker, scheduling=scheduling_of(epoch))
+
+
+async def _register(config: ExpertConfig, checkpoint: Checkpoint, control: ControlClient) -> str:
+    device, dtype = device_of(config.model, config.device_index), dtype_of(config.model)
+    costs = await WorkThread(
+        lambda: measure_costs(checkpoint.spec, dtype=dtype, device=device),
+        name="measuring the experts",
+    ).result()
+    fingerprint = await WorkThread(checkpoint.fingerprint, name="sampling the weights").result()
+    return await control.register(
+        control_pb2.RegisterRequest(
+            role=control_pb2.WORKER_ROLE_EXPERT,
+            model_fingerprint=fingerprint,
+            activation_costs=costs_message(costs),
+            dtype=config.model.dtype,
+            compute=compute_identity(device, config.threads),
+        ),
+        timeout_s=config.comm.startup_timeout_s,
+    )
 
 
 @torch.inference_mode()

@@ -64,7 +64,7 @@ async def client(address: str) -> AsyncIterator[ControlClient]:
 
 async def register(control: ControlClient, timeout_s: float = 30.0) -> str:
     return await control.register(
-        control_pb2.WORKER_ROLE_EXPERT, address="", fingerprint="", timeout_s=timeout_s
+        control_pb2.RegisterRequest(role=control_pb2.WORKER_ROLE_EXPERT), timeout_s=timeout_s
     )
 
 

@@ -6,12 +6,12 @@ from janus_server.controller.config import PoolConfig, ScheduleConfig
 from janus_server.controller.membership import (
     LOST_AFTER_S,
     Membership,
-    RegistrationRefusedError,
     UnknownWorkerError,
     given_costs,
 )
+from janus_server.controller.registration import RegistrationRefusedError
 from janus_server.errors import ConfigError
-from tests.fakes.controller import members_of
+from tests.fakes.controller import members_of, registration
 from tests.fakes.model_specs import SMALL_SPEC
 
 ATTENTION = control_pb2.WORKER_ROLE_ATTENTION
@@ -23,10 +23,8 @@ def membership(attention: int = 1, experts: int = 2, slots: int = 0) -> Membersh
     return members_of(pools)
 
 
-def join(members: Membership, role: int, *, now_s: float = 0.0, fingerprint: str = "same") -> str:
-    return members.register(
-        role=role, address="host:1", pid=1, fingerprint=fingerprint, now_s=now_s
-    )
+def join(members: Membership, role: int, *, now_s: float = 0.0, **fields: object) -> str:
+    return members.register(registration(role, **fields), now_s=now_s)
 
 
 def beat(members: Membership, worker_id: str, *, ready: int = 0, now_s: float = 0.0) -> None:
@@ -128,13 +126,26 @@ def test_lost_workers_form_no_epoch_and_returned_ones_do() -> None:
 def test_a_worker_of_another_model_is_refused() -> None:
     members = membership()
     with pytest.raises(RegistrationRefusedError, match="serves another model"):
-        join(members, EXPERT, fingerprint="other")
+        join(members, EXPERT, model_fingerprint="other")
     assert members.members() == ()
 
 
-def test_a_worker_without_role_is_refused() -> None:
-    with pytest.raises(RegistrationRefusedError, match="as attention or expert worker"):
-        join(membership(), control_pb2.WORKER_ROLE_UNSPECIFIED)
+def test_expert_workers_that_compute_with_unlike_things_are_named_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    one, other = (
+        control_pb2.ComputeIdentity(device="cpu", cpu_features=features, versions={"torch": torch})
+        for features, torch in ((["avx2"], "2.13.0"), (["amx_bf16", "avx2"], "2.11.0"))
+    )
+    members = membership(attention=1, experts=4)
+    join(members, ATTENTION, compute=other)
+    for compute in (one, one, other, other):
+        join(members, EXPERT, compute=compute)
+    [message] = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert message == (
+        "expert-0 and expert-2 may round differently, and then choose different experts for a "
+        "token: amx_bf16 none and yes; torch 2.13.0 and 2.11.0"
+    )
 
 
 def test_an_unknown_worker_has_no_heartbeat() -> None:
@@ -146,10 +157,10 @@ def test_the_slowest_worker_sets_the_costs() -> None:
     members = membership(experts=2)
     join(members, ATTENTION)
     for costs in (
-        ActivationCosts(expert_ps=50, pair_ps=3),
-        ActivationCosts(expert_ps=40, pair_ps=4),
+        control_pb2.ActivationCosts(expert_ps=50, pair_ps=3),
+        control_pb2.ActivationCosts(expert_ps=40, pair_ps=4),
     ):
-        members.register(role=EXPERT, address="", pid=1, fingerprint="same", now_s=0.0, costs=costs)
+        join(members, EXPERT, activation_costs=costs)
     assert members.epoch is not None
     assert members.epoch.scheduling == Scheduling(
         policy="auto", costs=ActivationCosts(expert_ps=50, pair_ps=4)

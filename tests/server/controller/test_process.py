@@ -18,6 +18,7 @@ from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import ModelConfig
 from janus_server.process import ProcessConfig, announced_address
 from tests.conftest import CheckpointFactory
+from tests.fakes.controller import registration
 
 pytestmark = pytest.mark.e2e
 
@@ -58,9 +59,10 @@ def test_it_forms_an_epoch_whose_store_is_there(start: Starter, model: ModelConf
         control = ControlClient(address)
         try:
             await control.register(
-                control_pb2.WORKER_ROLE_ATTENTION,
-                address="host:1",
-                fingerprint=Checkpoint.open(model.checkpoint).fingerprint(),
+                registration(
+                    control_pb2.WORKER_ROLE_ATTENTION,
+                    model_fingerprint=Checkpoint.open(model.checkpoint).fingerprint(),
+                ),
                 timeout_s=30,
             )
             return await wait_for_epoch(control, timeout_s=30)

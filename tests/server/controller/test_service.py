@@ -15,7 +15,7 @@ from janus_server.controller.config import PoolConfig
 from janus_server.controller.service import SERVICE_NAME, ControlService
 from janus_server.errors import ConfigError, UnavailableError
 from janus_server.grpc_server import start_server
-from tests.fakes.controller import members_of
+from tests.fakes.controller import members_of, registration
 from tests.fakes.model_specs import SMALL_SPEC
 
 ATTENTION = control_pb2.WORKER_ROLE_ATTENTION
@@ -49,8 +49,8 @@ async def client(address: str) -> AsyncIterator[ControlClient]:
         await control.close()
 
 
-async def join(control: ControlClient, role: int, fingerprint: str = "same") -> str:
-    return await control.register(role, address="host:1", fingerprint=fingerprint, timeout_s=30)
+async def join(control: ControlClient, role: int, **fields: object) -> str:
+    return await control.register(registration(role, **fields), timeout_s=30)
 
 
 def test_workers_meet_in_an_epoch_and_become_ready() -> None:
@@ -106,7 +106,7 @@ def test_another_model_is_refused_in_one_sentence() -> None:
     async def check() -> None:
         async with controller() as address, client(address) as worker:
             with pytest.raises(ConfigError, match=r"the controller refused: .*another model"):
-                await join(worker, EXPERT, fingerprint="other")
+                await join(worker, EXPERT, model_fingerprint="other")
 
     asyncio.run(check())
 

@@ -1,0 +1,87 @@
+"""What a worker says of itself when it registers, and whether it may take part."""
+
+from dataclasses import dataclass
+
+from janus_proto.v1 import control_pb2
+from janus_scheduler.activation import ActivationCosts
+from janus_server.comm.epoch import costs_of
+from janus_server.errors import ConfigError
+from janus_server.grpc_server import split_address
+
+ROLE_NAMES = {
+    control_pb2.WORKER_ROLE_ATTENTION: "attention",
+    control_pb2.WORKER_ROLE_EXPERT: "expert",
+}
+
+_MAX_ADDRESS_CHARS = 300
+"""A host's name has up to 253."""
+_MAX_IDENTITY_BYTES = 2**14
+
+
+class RegistrationRefusedError(Exception):
+    """The worker must not take part; the message is one sentence for its operator."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deployment:
+    """What all workers must agree in."""
+
+    fingerprint: str
+    """Of the checkpoint."""
+    dtype: str
+    """Number format of weights and activations."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Registration:
+    """A worker that may take part."""
+
+    role: "control_pb2.WorkerRole.ValueType"
+    address: str
+    """HOST:PORT of its gRPC service; empty: it has none."""
+    pid: int
+    costs: ActivationCosts | None
+    """What an expert worker measured on itself."""
+    compute: control_pb2.ComputeIdentity
+
+
+def check_registration(
+    request: control_pb2.RegisterRequest, deployment: Deployment
+) -> Registration:
+    """Read a worker's registration; raises RegistrationRefusedError."""
+    if request.role not in ROLE_NAMES:
+        raise RegistrationRefusedError("a worker must register as attention or expert worker")
+    worker = f"the {ROLE_NAMES[request.role]} worker with process id {request.pid}"
+    if request.model_fingerprint != deployment.fingerprint:
+        raise RegistrationRefusedError(
+            f"{worker} serves another model than this controller: their configurations or weights differ"
+        )
+    if request.dtype != deployment.dtype:
+        raise RegistrationRefusedError(
+            f"{worker} computes in {request.dtype[:16]}, this deployment in {deployment.dtype}"
+        )
+    if request.compute.ByteSize() > _MAX_IDENTITY_BYTES:
+        raise RegistrationRefusedError(f"{worker} says too much of what it computes with")
+    has_costs = request.HasField("activation_costs")
+    try:
+        _check_address(request)
+        costs = costs_of(request.activation_costs) if has_costs else None
+    except (ConfigError, ValueError) as error:
+        raise RegistrationRefusedError(f"{worker} cannot take part: {error}") from None
+    return Registration(
+        role=request.role,
+        address=request.address,
+        pid=request.pid,
+        costs=costs,
+        compute=request.compute,
+    )
+
+
+def _check_address(request: control_pb2.RegisterRequest) -> None:
+    if request.role == control_pb2.WORKER_ROLE_EXPERT and not request.address:
+        return
+    if len(request.address) > _MAX_ADDRESS_CHARS:
+        raise ValueError(f"its address has {len(request.address)} characters")
+    _, port = split_address(request.address)
+    if port == 0:
+        raise ValueError(f"its address {request.address} has no port")

@@ -1,0 +1,65 @@
+import pytest
+
+from janus_proto.v1 import control_pb2
+from janus_server.controller.registration import (
+    Deployment,
+    RegistrationRefusedError,
+    check_registration,
+)
+from tests.fakes.controller import registration
+
+ATTENTION = control_pb2.WORKER_ROLE_ATTENTION
+EXPERT = control_pb2.WORKER_ROLE_EXPERT
+DEPLOYMENT = Deployment(fingerprint="same", dtype="bf16")
+
+
+@pytest.mark.parametrize("role", [ATTENTION, EXPERT])
+def test_what_may_take_part(role: int) -> None:
+    costs = control_pb2.ActivationCosts(expert_ps=5, pair_ps=10**12)
+    checked = check_registration(registration(role, activation_costs=costs), DEPLOYMENT)
+    assert (checked.role, checked.address, checked.pid) == (role, "host:1", 1)
+    assert (checked.costs.expert_ps, checked.costs.pair_ps) == (5, 10**12)
+
+
+def test_an_expert_worker_has_no_address() -> None:
+    assert check_registration(registration(EXPERT, address=""), DEPLOYMENT).address == ""
+
+
+@pytest.mark.parametrize(
+    ("role", "fields", "sentence"),
+    [
+        (0, {}, "a worker must register as attention or expert worker"),
+        (7, {}, "a worker must register as attention or expert worker"),
+        (
+            EXPERT,
+            {"dtype": "fp32", "pid": 7},
+            "the expert worker with process id 7 computes in fp32, this deployment in bf16",
+        ),
+        (ATTENTION, {"model_fingerprint": ""}, "serves another model than this controller"),
+        (ATTENTION, {"address": ""}, "'' is not HOST:PORT"),
+        (ATTENTION, {"address": "host"}, "'host' is not HOST:PORT"),
+        (ATTENTION, {"address": "host:0"}, "its address host:0 has no port"),
+        (EXPERT, {"address": "host:65536"}, "the port of host:65536 is above 65535"),
+        (EXPERT, {"address": "h" * 10**6 + ":1"}, "its address has 1000002 characters"),
+        (
+            EXPERT,
+            {"activation_costs": control_pb2.ActivationCosts(expert_ps=5)},
+            "must be from 1 to 1000000000000 ps, not 5 and 0",
+        ),
+        (
+            EXPERT,
+            {"activation_costs": control_pb2.ActivationCosts(expert_ps=2**64 - 1, pair_ps=1)},
+            "must be from 1 to 1000000000000 ps",
+        ),
+        (
+            EXPERT,
+            {"compute": control_pb2.ComputeIdentity(device="x" * 2**15)},
+            "says too much of what it computes with",
+        ),
+    ],
+)
+def test_what_may_not_take_part(role: int, fields: dict[str, object], sentence: str) -> None:
+    with pytest.raises(RegistrationRefusedError) as raised:
+        check_registration(registration(role, **fields), DEPLOYMENT)
+    assert sentence in str(raised.value)
+    assert len(str(raised.value)) < 300

@@ -1,4 +1,4 @@
-"""`janus bench`: one sub-command a bench."""
+"""`janus bench`: a sub-command for each bench."""
 
 import importlib
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ _BENCHES = {"offline": "janus_bench.offline", "schedule": "janus_bench.schedule"
 
 
 def command(argv: Sequence[str]) -> int:
-    """Measure Janus against its peers, side by side in one run."""
+    """Measure Janus and its peers side by side in one run."""
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
         print("usage: janus bench BENCH [OPTIONS]; janus bench BENCH --help\n\nBenches:")

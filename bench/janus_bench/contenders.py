@@ -1,7 +1,6 @@
 """The engines that `janus bench offline` compares, each in a process of its own.
 
-A contender process waits for one batch description at a time, so that the others are at rest while
-it is measured.
+A contender process waits for a batch to run; while one contender is measured, the others wait.
 """
 
 import multiprocessing
@@ -48,9 +47,9 @@ class ContenderConfig:
     dtype: str
     """`bf16` or `fp32`."""
     threads: int
-    """CPU threads; gloo: half of them on each side, one at least."""
+    """CPU threads; gloo gives half of them to each side, but at least one."""
     experts_implementation: str = ""
-    """Of transformers."""
+    """How transformers runs experts."""
     lanes: int = 1
     """Micro-batches of Janus' steps."""
 
@@ -64,7 +63,7 @@ class Timing:
     decode_s: float
     """From then until every request has its last token."""
     token_ids: tuple[tuple[int, ...], ...]
-    """What each request became."""
+    """New tokens of each request."""
 
 
 class Contender:
@@ -74,7 +73,7 @@ class Contender:
         context = multiprocessing.get_context("spawn")
         self.config = config
         self._connection, theirs = context.Pipe()
-        # Not a daemon: the gloo contender has a child of its own.
+        # Not a daemon: daemons may not start processes, and the gloo contender starts one.
         self._process = context.Process(target=_contend, args=(config, theirs))
         self._process.start()
         theirs.close()
@@ -134,7 +133,7 @@ class _Transformers(_Runner):
             return torch.zeros(len(prompts), dtype=torch.bool)
 
         start = time.perf_counter()
-        # Stopping criteria are asked after each token, so they see when it came.
+        # transformers calls stopping criteria after each token: this one only notes the time.
         result = self._model.generate(
             ids, max_new_tokens=num_new, stopping_criteria=[note_time], **options
         )
@@ -146,7 +145,7 @@ class _Transformers(_Runner):
 
 
 class _Janus(_Runner):
-    """Our engine; subclasses bring the experts."""
+    """Our engine; subclasses add the experts."""
 
     pool: ExpertPool
 
@@ -246,7 +245,7 @@ def _expert_runner(checkpoint: Checkpoint, dtype: str) -> ExpertRunner:
 
 
 _SCHEDULING = Scheduling(policy="first", costs=ActivationCosts(expert_ps=1, pair_ps=1))
-"""One expert worker has no choice."""
+"""With a single expert worker there is nothing to choose."""
 
 _RUNNERS: dict[str, Any] = {"transformers": _Transformers, "local": _Local, "gloo": _Gloo}
 

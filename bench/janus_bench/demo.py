@@ -46,7 +46,7 @@ PROMPTS = (
     "    def test_read",
     "Return the",
 )
-"""None ends in white space, which the tokenizer joins to what follows."""
+"""No prompt ends in white space, which the tokenizer would join to what follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ class DemoConfig:
     """Serve the bundled checkpoint on this machine and stream several prompts at once.
 
     Starts one endpoint, one controller, 1 attention worker and 2 expert workers as separate
-    processes, prints what they generate and a table of what it took, and ends them again.
+    processes, prints what they generate and how long it took, and ends them again.
     """
 
     checkpoint: str = str(DEMO_CHECKPOINT)
@@ -73,12 +73,12 @@ class DemoConfig:
     """0 takes the most likely token."""
 
     seed: Annotated[int, Between(0, 2**62)] = 0
-    """Of the first prompt; the others count up from it."""
+    """Seed of the first prompt; the others count up from it."""
 
 
 @dataclass(kw_only=True, slots=True)
 class _Stream:
-    """One prompt and what has become of it."""
+    """A prompt and what was generated from it so far."""
 
     prompt: str
     text: str = ""
@@ -193,7 +193,8 @@ class _Refresh:
         if self._live is not None:
             self._live.update(self.panels(lines=4))
             return
-        index = next(i for i, one in enumerate(self._streams) if one is stream)
+        # By identity: two streams of the same prompt are equal.
+        index = next(i for i, shown in enumerate(self._streams) if shown is stream)
         whole = stream.prompt + stream.text
         end = len(whole) if stream.usage.completion_tokens else whole.rfind("\n") + 1
         for line in whole[self._shown[index] : end].splitlines():
@@ -228,7 +229,7 @@ def _shown(streams: Sequence[_Stream], console: Console) -> Iterator[_Refresh]:
 
 
 async def _expert_loads(controller: str) -> control_pb2.GetExpertLoadsResponse:
-    # The next heartbeats bring the totals of all that has run.
+    # Totals come with heartbeats: after this time each worker has sent its final ones.
     await asyncio.sleep(1.5 * HEARTBEAT_INTERVAL_S)
     async with grpc.aio.insecure_channel(controller, options=channel_options()) as channel:
         return await ControlServiceStub(channel).GetExpertLoads(
@@ -255,17 +256,18 @@ def _request_table(streams: Sequence[_Stream]) -> Table:
 
 
 def _expert_table(loads: control_pb2.GetExpertLoadsResponse) -> Table:
-    layers = [layer for one in loads.loads[:1] for layer in one.load.layers]
+    # All workers count the same totals by layer, so the first worker speaks for all.
+    layers = [layer for worker in loads.loads[:1] for layer in worker.load.layers]
     steps = max(sum(layer.num_steps for layer in layers), 1)
     a_max = sum(layer.sum_a_max for layer in layers) / steps
     table = Table(title=f"per MoE layer and step; a_max {a_max:.1f}")
     for name in ("expert worker", "activated experts", "tokens x experts"):
         table.add_column(name, justify="right")
-    for one in loads.loads:
-        units = max(one.load.num_layer_steps, 1)
+    for worker in loads.loads:
+        units = max(worker.load.num_layer_steps, 1)
         table.add_row(
-            one.worker_id,
-            f"{one.load.num_activated_experts / units:.1f}",
-            f"{one.load.num_token_pairs / units:.1f}",
+            worker.worker_id,
+            f"{worker.load.num_activated_experts / units:.1f}",
+            f"{worker.load.num_token_pairs / units:.1f}",
         )
     return table

@@ -22,7 +22,7 @@ _NUM_BATCHES = 200
 def draw_placement(
     path: Path, trace: RoutingSample, placement: Placement, *, batch_tokens: int
 ) -> None:
-    """Draw, for up to four layers, how often each worker reads each expert, and experts' loads."""
+    """Draw, for up to four layers, how often workers read each expert, and the experts' loads."""
     layers = sorted(trace.layers)
     shown = [
         layers[i]
@@ -76,9 +76,9 @@ def _reads(
 
 
 def draw_schedules(path: Path, title: str, panels: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    """Draw a_max against no replication over the batch size: a panel each, a line a policy.
+    """Draw a_max, relative to no replication, over the batch size; a line for each policy.
 
-    Rows of a panel have `batch`, `policy` and `against_none`.
+    `panels` has the rows of each panel, with the keys `batch`, `policy` and `against_none`.
     """
     figure = Figure(figsize=(2.8 * len(panels) + 1, 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]

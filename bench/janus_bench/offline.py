@@ -2,7 +2,7 @@
 
 Contenders: transformers with each of its experts implementations, Janus in one process (`local`),
 and Janus with attention and experts in two processes (`gloo`). They take turns batch by batch, so
-that a machine whose speed drifts is the same for all; medians over the rounds are reported.
+that a drift of the machine's speed hits all alike; medians over the rounds are reported.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class OfflineConfig:
     """CPU threads of each contender; the two processes of gloo share them."""
 
     experts_implementations: tuple[str, ...] = ("grouped_mm", "eager")
-    """Of transformers; each is a contender. An empty tuple leaves transformers out."""
+    """How transformers runs experts; each way is a contender, none leaves transformers out."""
 
     lanes: Annotated[tuple[int, ...], Between(1, MAX_LANES)] = (1, 2)
     """Micro-batches of a step over gloo; each number is a contender."""
@@ -102,8 +102,8 @@ def _contenders(config: OfflineConfig, checkpoint: str, dtype: str) -> list[Cont
     )
     return [
         *(
-            dataclasses.replace(plain, name="transformers", experts_implementation=one)
-            for one in config.experts_implementations
+            dataclasses.replace(plain, name="transformers", experts_implementation=implementation)
+            for implementation in config.experts_implementations
         ),
         plain,
         *(dataclasses.replace(plain, name="gloo", lanes=lanes) for lanes in config.lanes),
@@ -120,8 +120,8 @@ def _measure(
         progress = stack.enter_context(Progress(*columns, console=console, transient=True))
         task = progress.add_task(f"{dtype}: starting", total=turns)
         contenders = []
-        for one in configs:
-            contenders.append(Contender(one))
+        for contender_config in configs:
+            contenders.append(Contender(contender_config))
             stack.callback(contenders[-1].close)
         rows: list[dict[str, Any]] = []
         for batch in config.batches:
@@ -167,8 +167,8 @@ def _row(
     whole = [batch * config.new_tokens / (timing.prefill_s + timing.decode_s) for timing in timings]
     pairs = [
         ours == theirs
-        for one, other in zip(timings[-1].token_ids, reference.token_ids, strict=True)
-        for ours, theirs in zip(one, other, strict=True)
+        for ours_T, theirs_T in zip(timings[-1].token_ids, reference.token_ids, strict=True)
+        for ours, theirs in zip(ours_T, theirs_T, strict=True)
     ]
     return {
         "dtype": contender.dtype,
@@ -202,13 +202,15 @@ def _print_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
 
 def _ratio(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
     """Local against the best of transformers, gloo against local."""
-    alike = [one for one in rows if (one["dtype"], one["batch"]) == (row["dtype"], row["batch"])]
+    alike = [
+        other for other in rows if (other["dtype"], other["batch"]) == (row["dtype"], row["batch"])
+    ]
     against = {
-        "local": [one for one in alike if one["contender"].startswith("transformers")],
-        "gloo": [one for one in alike if one["contender"] == "local"],
+        "local": [other for other in alike if other["contender"].startswith("transformers")],
+        "gloo": [other for other in alike if other["contender"] == "local"],
     }.get(row["contender"].partition(" ")[0], [])
     if not against:
         return ""
-    best = max(against, key=lambda one: float(one["decode_tokens_per_s"]))
+    best = max(against, key=lambda other: float(other["decode_tokens_per_s"]))
     ratio = row["decode_tokens_per_s"] / best["decode_tokens_per_s"]
     return f"{ratio:.2f}x {best['contender']}"

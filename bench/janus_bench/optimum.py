@@ -1,4 +1,4 @@
-"""The least a_max of a batch by maximum flow: a judge that shares nothing with the schedules."""
+"""The least a_max of a batch, by maximum flow: a judge that shares no code with the schedules."""
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +11,8 @@ from janus_scheduler.placement import EMPTY, LayerReplicas
 def least_a_max(active: npt.NDArray[np.int64], replicas: LayerReplicas) -> int:
     """Least number of distinct experts on the fullest worker for the `active` experts.
 
-    A flow of one from each expert over a worker that holds it to the sink; the capacity of the
-    workers is searched by halving.
+    One unit flows from each expert, through a worker that holds it, to the sink. Bisection finds
+    the least capacity of the workers with which all units arrive.
     """
     num_active, num_workers = len(active), replicas.num_workers
     first_worker, sink = 1 + num_active, 1 + num_active + num_workers

@@ -1,4 +1,4 @@
-"""`janus placement`: place experts by a recorded routing trace, and say what that comes to."""
+"""`janus placement`: place experts by a recorded routing trace, and judge the placement."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +20,12 @@ from janus_server.controller.placement import write_placement
 from janus_server.errors import ConfigError
 
 _JUDGING_SEED = 1
+"""Added to the seed of the search: a placement is judged on batches that it was not fitted to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacementConfig:
-    """Place a model's experts, with replicas where slots are to spare, by a routing trace.
+    """Place a model's experts by a routing trace, with replicas in the slots to spare.
 
     Prints for each layer, and over all, the expected a_max (the most distinct experts that one
     worker reads for a batch, under the exact schedule), its floor (an even spread), the imbalance
@@ -44,28 +45,28 @@ class PlacementConfig:
     """How to place; all: compare them."""
 
     batch: Annotated[int, Between(1, 2**20)] = 64
-    """Tokens of a decode batch, over all requests, for which a_max is expected and searched."""
+    """Tokens of a decode batch, over all requests: search and the expected a_max are for it."""
 
     samples: Annotated[int, Between(1, 2**20)] = 200
     """Batches drawn to judge a layer."""
 
     nodes: Annotated[int, Between(1, 1024)] = 1
-    """Nodes of the workers, for eplb over groups of experts."""
+    """Nodes that the workers are on; eplb gives each node whole groups of experts."""
 
     groups: Annotated[int, Between(1, 2**16)] = 1
-    """Expert groups of the model, for eplb over nodes."""
+    """Expert groups of the model, which eplb deals out to nodes."""
 
     effort: Annotated[int, Between(0, 2**31)] = 1000
     """Changes that search tries for each layer."""
 
     seed: Annotated[int, Between(0, 2**62)] = 0
-    """Of search."""
+    """Seed of search."""
 
     output: str = ""
     """JSON file to write the placement to, for `janus serve --placement`."""
 
     plot: str = ""
-    """PNG or SVG file to draw it to: what each worker reads, and the load of the experts."""
+    """PNG or SVG file for a drawing of what each worker reads and of the experts' loads."""
 
 
 def command(argv: Sequence[str]) -> int:
@@ -172,5 +173,5 @@ def _print_comparison(console: Console, config: PlacementConfig, trace: RoutingS
 
 def _cells(loads: Sequence[ExpectedLoad]) -> list[str]:
     """Means of a_max, p99, floor and imbalance."""
-    columns = [(one.a_max, one.a_max_p99, one.floor, one.imbalance) for one in loads]
+    columns = [(load.a_max, load.a_max_p99, load.floor, load.imbalance) for load in loads]
     return [f"{mean:.2f}" for mean in np.mean(columns, axis=0)]

@@ -3,9 +3,9 @@
     python -m janus_bench.record_routing CHECKPOINT --output FILE.npz [--text FILE ...]
         [--sequences 64] [--tokens 128] [--threads 1]
 
-Source: transformers runs the checkpoint in fp32 (eager attention and experts) over texts that
-`train_demo` holds out, or those of `--text`, the middle `--tokens` tokens of each, one text a
-sequence; texts with fewer are skipped. The experts are the router's own choice.
+transformers runs the checkpoint in fp32 (eager attention and experts) over texts that `train_demo`
+holds out, or over those of `--text`: the middle `--tokens` tokens of each text, as one sequence.
+Shorter texts are skipped. The experts are the router's own choice.
 
 Format: a compressed npz with
 

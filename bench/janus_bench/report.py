@@ -1,4 +1,4 @@
-"""What every result carries: device, commit, command; and where results are kept."""
+"""What every result says of its origin (device, commit, command), and where results are kept."""
 
 import json
 import os
@@ -23,7 +23,7 @@ _LIBRARIES = ("torch", "triton", "numba", "numpy", "transformers")
 
 
 def environment() -> dict[str, Any]:
-    """The machine, the commit and the libraries that a measurement was made with."""
+    """The machine, commit and libraries of a measurement."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["janus", *sys.argv[1:]]),
@@ -38,14 +38,14 @@ def environment() -> dict[str, Any]:
 
 
 def check_folder(flag: str, path: str) -> None:
-    """Refuse, before hours of work, a file that cannot be written; "" is none."""
+    """Refuse a file that cannot be written, before hours of work; "" stands for no file."""
     folder = Path(path).parent
     if path and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ConfigError(f"--{flag}: {folder} is no folder that can be written to")
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, which names the `environment` it was measured in, as JSON; a line a row."""
+    """Write a result, its `environment` included, as JSON with a line for each row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps({**result, "results": []}, indent=2)
     rows = ",\n    ".join(json.dumps(row) for row in result["results"])
@@ -54,7 +54,7 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def _commit() -> str:
-    """The commit of this source tree, marked where files differ from it; "" outside of git."""
+    """The commit of this source tree, marked if files differ from it; "" outside of git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(

@@ -74,7 +74,7 @@ class SyntheticRouting:
     num_blocks: int = 8
     """Co-activation blocks, as many as topics; experts fall into them at random."""
     block_boost: float = 4.0
-    """1: no co-activation beyond that of popular experts."""
+    """1: experts are chosen together only because they are popular."""
 
     def sample(self, num_tokens: int, *, num_layers: int = 1, seed: int = 0) -> RoutingSample:
         """Draw a trace; each layer has an order and blocks of its own."""
@@ -85,7 +85,8 @@ class SyntheticRouting:
             popularity_E = rng.permutation(np.arange(1.0, self.num_experts + 1) ** -self.zipf)
             block_E = rng.permutation(np.arange(self.num_experts) % self.num_blocks)
             boost_NE = np.where(block_E == topic_N[:, None], self.block_boost, 1.0)
-            # The largest of Gumbel-shifted logarithms are a draw without repetition.
+            # The Gumbel trick: the largest of log-weights plus Gumbel noise are distributed like a
+            # draw without repetition in proportion to the weights.
             keys_NE = np.log(popularity_E * boost_NE) + rng.gumbel(size=boost_NE.shape)
             layers[layer] = np.argsort(-keys_NE, axis=1)[:, : self.top_k]
         return RoutingSample(num_experts=self.num_experts, layers=layers)

@@ -1,9 +1,9 @@
-"""`janus bench schedule`: what each policy makes of the same batches, against the optimum and none.
+"""`janus bench schedule`: every policy on the same batches, against the optimum and no replication.
 
-For each model shape, number of expert workers and share of slots to spare, experts are placed once
-by `janus placement`'s policy on one half of the routing; batches are drawn from the other half.
-`none` is no replication on the same workers with as many slots, searched alike. The optimum is
-found by maximum flow (SciPy), which knows nothing of the schedules.
+For each model shape, number of expert workers and share of spare slots, experts are placed once, as
+`janus placement` does, on one half of the routing; batches are drawn from the other half. `none` is
+no replication on the same workers with as many slots, searched as long. The optimum is found by
+maximum flow (SciPy), which shares no code with the schedules.
 
 Shapes: T tokens, K experts of a token, E logical experts, W expert workers.
 """
@@ -44,18 +44,18 @@ from janus_server.errors import ConfigError
 
 _TRACE_TOKENS = 8192
 _MOST_PAIRS = 400_000
-"""Token-expert pairs scheduled for one row at most: large batches are drawn less often."""
+"""Token-expert pairs scheduled for a row, at most: fewer samples of large batches are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """What a schedule sees of a model, and where its routing is from."""
+    """The sizes of a model that matter here, and the source of its routing."""
 
     hidden: int
     inner: int
     """Expert intermediate size."""
     routing: SyntheticRouting | str
-    """Made up, or the name of a recording."""
+    """Made up, or the name of a recorded trace."""
 
     @property
     def expert_bytes(self) -> int:
@@ -98,8 +98,8 @@ class ScheduleBenchConfig:
     """Compare the policies of the activation schedule, and their time, on the same batches."""
 
     shapes: tuple[str, ...] = tuple(SHAPES)
-    """Models: deepseek-v2, qwen3-235b and deepseek-v3 with made-up routing; demo and moe64, as
-    recorded."""
+    """Models: deepseek-v2, qwen3-235b and deepseek-v3 with made-up routing; demo and moe64 with
+    recorded routing."""
 
     batches: Annotated[tuple[int, ...], Between(1, 2**20)] = (1, 4, 16, 64, 256, 1024, 4096)
     """Tokens of a batch."""
@@ -108,7 +108,7 @@ class ScheduleBenchConfig:
     """Expert workers."""
 
     slots: Annotated[tuple[float, ...], Between(1, 1024)] = (1.0, 1.125, 1.25, 1.5)
-    """Expert slots of all workers against experts; rounded up to whole slots a worker."""
+    """Expert slots of all workers for each expert; rounded up to whole slots a worker."""
 
     placement: PlacementPolicy = "search"
     """How experts are placed."""
@@ -117,23 +117,24 @@ class ScheduleBenchConfig:
     """Batches drawn for each row, fewer of the large ones."""
 
     proven: Annotated[int, Between(0, 2**20)] = 2
-    """Of those, how many are compared with the optimum by maximum flow as well."""
+    """Of these batches, how many are compared with the optimum by maximum flow as well."""
 
     device: str = "cpu"
     """cpu or cuda: what is timed; a_max is the same."""
 
     expert_us: Annotated[float, Between(0, 1e6)] = 10.0
-    """Of auto: time to read one more expert, about that of a DeepSeek-V2 expert on an H200."""
+    """What auto assumes to read one more expert takes, in microseconds: about that of a DeepSeek-V2
+    expert on an H200."""
 
     pair_us: Annotated[float, Between(0, 1e6)] = 0.1
-    """Of auto: time to compute one more token-expert pair, alike."""
+    """What auto assumes to compute one more token-expert pair takes, in microseconds."""
 
     seed: Annotated[int, Between(0, 2**62)] = 0
-    """Of everything drawn."""
+    """Seed of all that is drawn at random."""
 
     output: str = ""
-    """JSON file for the result, beside which the figure goes; empty: schedule-DEVICE.json beside
-    the committed results."""
+    """JSON file for the result, with the figure beside it; empty: schedule-DEVICE.json beside the
+    committed results."""
 
 
 def command(argv: Sequence[str]) -> int:
@@ -169,7 +170,7 @@ def command(argv: Sequence[str]) -> int:
             "environment": measured_in,
             "configuration": configuration,
             "columns": list(rows[0]),
-            # Thousands of rows: their names once are enough.
+            # Column names once, not in each of thousands of rows.
             "results": [list(row.values()) for row in rows],
         },
     )
@@ -195,7 +196,7 @@ def _check(config: ScheduleBenchConfig) -> None:
 def _measure(
     config: ScheduleBenchConfig, shape: str, workers: int, slots: float
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one shape, number of workers and share of slots; none where it cannot be."""
+    """The rows of a shape, number of workers and share of slots; none with more workers than experts."""
     trace = SHAPES[shape].trace(config.seed)
     [ids_NK] = trace.layers.values()
     placed_by, drawn_from = np.array_split(ids_NK, 2)
@@ -231,7 +232,7 @@ def _place(
     workers: int,
     slots: float,
 ) -> tuple[LayerReplicas, LayerReplicas]:
-    """With replicas, and without but with as many slots."""
+    """The placement with replicas, and a placement without them that has as many slots."""
     sizes: dict[str, int] = {
         "num_experts": num_experts,
         "num_workers": workers,
@@ -269,7 +270,7 @@ def _compare(
             "against_none": round(float(a_max.sum() / none_a_max.sum()), 4),
             "us": round(_time_us(config, on_device, table, policy), 2),
             "experts_read": round(
-                float(np.mean([int(c.counts.experts_W.sum()) for c in chosen])), 2
+                float(np.mean([int(schedule.counts.experts_W.sum()) for schedule in chosen])), 2
             ),
         }
 
@@ -304,7 +305,7 @@ def _time_us(
     table: ReplicaTable,
     policy: SchedulePolicy,
 ) -> float:
-    """Median of a call's time: on a GPU of a graph's replay, on a CPU of the whole call."""
+    """Median time of a call: of its replay in a graph on a GPU, of the whole call on a CPU."""
     if config.device == "cuda":
         return statistics.median(_replay_us(config, ids_TK, table, policy) for ids_TK in drawn[:5])
     times: list[float] = []
@@ -318,7 +319,7 @@ def _time_us(
 def _replay_us(
     config: ScheduleBenchConfig, ids_TK: torch.Tensor, table: ReplicaTable, policy: SchedulePolicy
 ) -> float:
-    """Mean over a graph of many launches, so that the replay's own start does not count."""
+    """Mean over a graph of many launches, so that starting the replay hardly counts."""
     launches = 20
     _schedule(config, ids_TK, table, policy)
     graph = torch.cuda.CUDAGraph()
@@ -335,7 +336,7 @@ def _replay_us(
 
 
 def _table(shape: str, rows: Sequence[dict[str, Any]], workers: int) -> Table:
-    """All slots and batches of one number of workers."""
+    """A row for each share of slots and batch size, with this number of workers."""
     others = [policy for policy in POLICIES if policy not in ("auto", "exact")]
     table = Table(
         title=f"{shape} on {workers} workers: mean a_max of exact, its ratio to no replication, "
@@ -344,7 +345,11 @@ def _table(shape: str, rows: Sequence[dict[str, Any]], workers: int) -> Table:
     )
     for head in ("slots", "batch", "exact", "/ none", *others, "us"):
         table.add_column(head, justify="right", no_wrap=True)
-    cells = {(r["slots"], r["batch"], r["policy"]): r for r in rows if r["workers"] == workers}
+    cells = {
+        (row["slots"], row["batch"], row["policy"]): row
+        for row in rows
+        if row["workers"] == workers
+    }
     for slots, batch in dict.fromkeys(key[:2] for key in cells):
         exact = cells[slots, batch, "exact"]
         table.add_row(

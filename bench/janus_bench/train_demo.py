@@ -37,12 +37,12 @@ CONTEXT = 320
 BATCH = 8
 PEAK_LEARNING_RATE = 2.5e-3
 WARM_UP = 0.02
-"""Share of the time in which the learning rate rises."""
+"""Share of the training time in which the learning rate rises."""
 PRESETS = {
     "demo": {"num_hidden_layers": 4, "num_experts": 32, "num_experts_per_tok": 4},
     "routing": {"num_hidden_layers": 6, "num_experts": 64, "num_experts_per_tok": 8},
 }
-"""What the models do not share. They have 6 M and 16 M parameters, most of them in experts."""
+"""What differs between the models. They have 6 M and 16 M parameters, most of them in experts."""
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def read_corpus() -> tuple[list[str], list[str]]:
     texts: dict[str, str] = {f"topic {name}": text for name, text in topics.items()}
     for path in sorted(library.rglob("*.py")):
         name = path.relative_to(library)
-        # Not of the standard library, or generated tables.
+        # These are not of the standard library, or are generated tables.
         if {"site-packages", "pydoc_data", "encodings", "lib2to3"} & set(name.parts):
             continue
         try:

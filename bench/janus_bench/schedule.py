@@ -196,7 +196,7 @@ def _check(config: ScheduleBenchConfig) -> None:
 def _measure(
     config: ScheduleBenchConfig, shape: str, workers: int, slots: float
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a shape, number of workers and share of slots; none with more workers than experts."""
+    """A row for each batch size and policy; none if there are more workers than experts."""
     trace = SHAPES[shape].trace(config.seed)
     [ids_NK] = trace.layers.values()
     placed_by, drawn_from = np.array_split(ids_NK, 2)

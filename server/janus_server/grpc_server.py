@@ -7,32 +7,52 @@ on message sizes and on how often a silent connection may be pinged.
 import errno
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from janus_server.errors import ConfigError
+from janus_server.grpc_calls import CallGuard, CheckBytes, new_server
+from janus_server.health import HealthService
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 """Largest message in either direction, in bytes: the routing trace of a long request fits."""
 
+MAX_METADATA_BYTES = 16 * 2**10
+"""Largest metadata of a call, in bytes, counted as HTTP/2 does."""
+
 _KEEPALIVE_INTERVAL_MS = 30_000
 _KEEPALIVE_TIMEOUT_MS = 10_000
+_HANDSHAKE_TIMEOUT_MS = 10_000
+"""How long a new connection may take to say that it speaks HTTP/2."""
 
-_SIZE_OPTIONS: tuple[tuple[str, Any], ...] = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerLimits:
+    """What the clients of a server may ask of it; by default what processes of one cluster may."""
+
+    max_request_bytes: int = MAX_MESSAGE_BYTES
+    """Largest request, after decompression."""
+
+    max_connections: int = 4096
+    """Connections at once; one more is closed at once."""
+
+    max_streams: int = 4096
+    """Calls at once over one connection; clients hold one more back."""
+
+    check_bytes: CheckBytes = field(default=lambda data: None)
+    """Looks at every request before it is parsed."""
 
 
 def channel_options() -> list[tuple[str, Any]]:
     """Return the options of every client channel between Janus processes."""
     return [
-        *_SIZE_OPTIONS,
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", _KEEPALIVE_INTERVAL_MS),
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -46,9 +66,19 @@ def channel_options() -> list[tuple[str, Any]]:
     ]
 
 
-def _server_options() -> list[tuple[str, Any]]:
+def _server_options(limits: ServerLimits) -> list[tuple[str, Any]]:
     return [
-        *_SIZE_OPTIONS,
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", limits.max_request_bytes),
+        # What is not read yet takes 64 KiB of a connection rather than the megabytes of each stream
+        # that gRPC would offer a fast network.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.max_allowed_incoming_connections", limits.max_connections),
+        ("grpc.max_concurrent_streams", limits.max_streams),
+        # Equal, because between the two a call would be refused at random.
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
         # Two servers on one port would each get a share of the connections; we want an error.
         ("grpc.so_reuseport", 0),
         # Clients may ping a silent connection this often without being cut off.
@@ -65,50 +95,44 @@ class RunningServer:
     server: grpc.aio.Server
     address: str
     """HOST:PORT that is really bound."""
-    health: Any
-    """grpc_health.v1.health.aio.HealthServicer; the package has no type information."""
-    service_names: tuple[str, ...]
+    health: HealthService
 
-    async def set_serving(self, serving: bool) -> None:
+    def set_serving(self, serving: bool) -> None:
         """Publish whether the server as a whole and each of its services can do its work."""
-        status = health_pb2.HealthCheckResponse
-        for name in ("", *self.service_names):
-            await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
+        self.health.set_serving(serving)
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls at once, let running ones end for `grace_s` seconds, cancel the rest."""
-        await self.health.enter_graceful_shutdown()
+        self.health.set_serving(False)
         await self.server.stop(grace_s)
 
 
 async def start_server(
-    add_services: Callable[[grpc.aio.Server], None], service_names: Sequence[str], listen: str
+    add_services: Callable[[grpc.aio.Server], None],
+    service_names: Sequence[str],
+    listen: str,
+    limits: ServerLimits | None = None,
 ) -> RunningServer:
     """Start a server on `listen` with what `add_services` adds, health and reflection.
 
     `service_names` are the full names ("janus.v1.ControlService"); `listen` is HOST:PORT, where
     port 0 takes a free one. Raises ConfigError where it cannot listen there.
     """
+    limits = limits or ServerLimits()
     host, _ = check_can_listen(listen)
-    server = grpc.aio.server(options=_server_options())
-    health_servicer = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    server = new_server(_server_options(limits), CallGuard(limits.check_bytes))
+    health = HealthService(service_names)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+    names = (*service_names, health_name, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     add_services(server)
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError:
         raise ConfigError(f"cannot listen on {listen}") from None
-    running = RunningServer(
-        server=server,
-        address=f"{host}:{port}",
-        health=health_servicer,
-        service_names=tuple(service_names),
-    )
-    await running.set_serving(False)
     await server.start()
-    return running
+    return RunningServer(server=server, address=f"{host}:{port}", health=health)
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -17,10 +17,14 @@ from janus_proto.v1.control_pb2_grpc import (
     add_ControlServiceServicer_to_server,
 )
 from janus_proto.v1.inference_pb2 import GenerateRequest, GenerateResponse
-from janus_proto.v1.inference_pb2_grpc import InferenceServiceStub
+from janus_proto.v1.inference_pb2_grpc import (
+    InferenceServiceStub,
+    add_InferenceServiceServicer_to_server,
+)
 from janus_proto.v1.worker_pb2_grpc import add_AttentionWorkerServiceServicer_to_server
 from janus_server.comm.control_client import ControlClient
-from janus_server.endpoint.service import SERVICE_NAME, InferenceService, add_to_server
+from janus_server.endpoint.limits import public_limits
+from janus_server.endpoint.service import SERVICE_NAME, InferenceService
 from janus_server.endpoint.tokenizer import Tokenizer
 from janus_server.endpoint.workers import WorkerPool
 from janus_server.grpc_server import RunningServer, channel_options, start_server
@@ -136,7 +140,10 @@ async def running_endpoint(
             max_requests=max_requests,
         )
         server = await start_server(
-            lambda grpc_server: add_to_server(service, grpc_server), [SERVICE_NAME], "127.0.0.1:0"
+            lambda grpc_server: add_InferenceServiceServicer_to_server(service, grpc_server),
+            [SERVICE_NAME],
+            "127.0.0.1:0",
+            public_limits(max_context=SMALL_SPEC.max_context, max_requests=max_requests),
         )
         stack.push_async_callback(server.stop, 0)
         channel = await stack.enter_async_context(

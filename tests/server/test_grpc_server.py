@@ -55,9 +55,9 @@ def test_health_follows_set_serving_and_stop() -> None:
                 return {(await stub.Check(request, timeout=10)).status for request in requests}
 
             assert await statuses() == {health_pb2.HealthCheckResponse.NOT_SERVING}
-            await server.set_serving(True)
+            server.set_serving(True)
             assert await statuses() == {health_pb2.HealthCheckResponse.SERVING}
-            await server.set_serving(False)
+            server.set_serving(False)
             assert await statuses() == {health_pb2.HealthCheckResponse.NOT_SERVING}
             await server.stop(0)
             with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -44,7 +44,7 @@ async def main(config: ControllerConfig, stop: asyncio.Event) -> None:
         config.listen,
     )
     try:
-        await server.set_serving(True)
+        server.set_serving(True)
         process.announce(server.address)
         while not stop.is_set():
             service.expire()

@@ -3,9 +3,11 @@
 import asyncio
 import sys
 
+from janus_proto.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from janus_server.comm.control_client import ControlClient
 from janus_server.endpoint.config import EndpointConfig
-from janus_server.endpoint.service import SERVICE_NAME, InferenceService, add_to_server
+from janus_server.endpoint.limits import public_limits
+from janus_server.endpoint.service import SERVICE_NAME, InferenceService
 from janus_server.endpoint.tokenizer import load_tokenizer
 from janus_server.endpoint.workers import WorkerPool
 from janus_server.grpc_server import RunningServer, start_server
@@ -32,9 +34,10 @@ async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
         max_requests=config.admission.max_requests,
     )
     server = await start_server(
-        lambda grpc_server: add_to_server(service, grpc_server),
+        lambda grpc_server: add_InferenceServiceServicer_to_server(service, grpc_server),
         [SERVICE_NAME],
         config.admission.listen,
+        public_limits(max_context=max_context, max_requests=config.admission.max_requests),
     )
     announce(server.address)
     try:
@@ -43,7 +46,7 @@ async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
             publishing = tasks.create_task(_publish_readiness(server, pool), name="readiness")
             await stop.wait()
             publishing.cancel()
-            await server.set_serving(False)
+            server.set_serving(False)
             await service.drain(config.admission.drain_timeout_s)
             following.cancel()
     finally:
@@ -58,7 +61,7 @@ async def _publish_readiness(server: RunningServer, pool: WorkerPool) -> None:
     while True:
         if pool.is_ready != published:
             published = pool.is_ready
-            await server.set_serving(published)
+            server.set_serving(published)
         await asyncio.sleep(_READINESS_POLL_S)
 
 

@@ -5,13 +5,12 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
 
 from janus_proto.v1 import inference_pb2
 from janus_proto.v1.inference_pb2_grpc import InferenceServiceServicer
@@ -31,13 +30,6 @@ from janus_server.model.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
-
-_STATUS = {
-    InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
-    DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
-    OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    UnavailableError: grpc.StatusCode.UNAVAILABLE,
-}
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -65,28 +57,21 @@ class InferenceService(InferenceServiceServicer):
         self._none_active.set()
 
     async def Generate(
-        self, request: inference_pb2.GenerateRequest | None, context: _Context
+        self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Generate from one prompt."""
-        try:
-            with _logged_end() as timeline:
-                # Closed here rather than by the garbage collector, which may let go of it late.
-                generating = self._generate(_parsed(request), timeline)
-                async with contextlib.aclosing(generating) as responses:
-                    async for response in responses:
-                        timeline.note(response)
-                        yield response
-        except JanusError as error:
-            await _refuse(context, error)
+        with _logged_end() as timeline:
+            # Closed here rather than by the garbage collector, which may let go of it late.
+            async with contextlib.aclosing(self._generate(request, timeline)) as responses:
+                async for response in responses:
+                    timeline.note(response)
+                    yield response
 
     async def Abort(
-        self, request: inference_pb2.AbortRequest | None, context: _Context
+        self, request: inference_pb2.AbortRequest, context: _Context
     ) -> inference_pb2.AbortResponse:
         """End a running request."""
-        try:
-            stream = self._active.get(_parsed(request).request_id)
-        except InvalidRequestError as error:
-            await _refuse(context, error)
+        stream = self._active.get(request.request_id)
         if stream is None:
             await context.abort(
                 grpc.StatusCode.NOT_FOUND, "no request with this request_id is running"
@@ -95,7 +80,7 @@ class InferenceService(InferenceServiceServicer):
         return inference_pb2.AbortResponse()
 
     async def GetModelInfo(
-        self, request: inference_pb2.GetModelInfoRequest | None, context: _Context
+        self, request: inference_pb2.GetModelInfoRequest, context: _Context
     ) -> inference_pb2.GetModelInfoResponse:
         """Describe the model and the pools."""
         spec, epoch = self._checkpoint.spec, self._pool.epoch
@@ -187,13 +172,13 @@ class InferenceService(InferenceServiceServicer):
         bounds = self._bounds()
         if not request.HasField("prompt"):
             raise InvalidRequestError("the request has no prompt: set text or token_ids")
-        prompt_ids = list(request.token_ids.ids)
+        prompt_ids: Sequence[int] = request.token_ids.ids
         if request.HasField("text"):
             validation.check_text(request.text, bounds)
             assert self._tokenizer is not None, "check_text refuses text without a tokenizer"
             prompt_ids = await self._tokenizer.encode(request.text)
         validation.check_prompt(prompt_ids, bounds)
-        return prompt_ids
+        return list(prompt_ids)
 
     async def _responses(
         self,
@@ -271,60 +256,3 @@ def _logged_end() -> Iterator[_Timeline]:
         raise
     finally:
         logger.info("request %s: %s", timeline.request_id, outcome)
-
-
-def add_to_server(service: InferenceService, server: grpc.aio.Server) -> None:
-    """Register the service so that bytes that are no message reach it as None.
-
-    The generated registration would answer them with INTERNAL, as if it were the server's fault.
-    """
-    calls: dict[str, tuple[Any, Any, Any]] = {
-        "Generate": (
-            grpc.unary_stream_rpc_method_handler,
-            inference_pb2.GenerateRequest,
-            inference_pb2.GenerateResponse,
-        ),
-        "Abort": (
-            grpc.unary_unary_rpc_method_handler,
-            inference_pb2.AbortRequest,
-            inference_pb2.AbortResponse,
-        ),
-        "GetModelInfo": (
-            grpc.unary_unary_rpc_method_handler,
-            inference_pb2.GetModelInfoRequest,
-            inference_pb2.GetModelInfoResponse,
-        ),
-    }
-    handlers = {
-        name: make_handler(
-            getattr(service, name),
-            request_deserializer=_deserializer(request),
-            response_serializer=response.SerializeToString,
-        )
-        for name, (make_handler, request, response) in calls.items()
-    }
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)])
-
-
-def _deserializer(message: Any) -> Any:
-    def deserialize(data: bytes) -> Any:
-        try:
-            return message.FromString(data)
-        except DecodeError:
-            return None
-
-    return deserialize
-
-
-def _parsed(request: Any) -> Any:
-    if request is None:
-        raise InvalidRequestError(
-            "the request is no valid message: damaged, or a text that is not UTF-8"
-        )
-    return request
-
-
-async def _refuse(context: _Context, error: JanusError) -> NoReturn:
-    status = _STATUS.get(type(error), grpc.StatusCode.INTERNAL)
-    await context.abort(status, str(error))
-    raise AssertionError("abort raises")

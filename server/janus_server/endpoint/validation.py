@@ -26,8 +26,8 @@ MAX_LOGPROBS = 20
 """Most likely tokens reported at each position."""
 MAX_REQUEST_ID_CHARS = 128
 """Characters of a request id."""
-MAX_CHARS_PER_TOKEN = 64
-"""A text longer than this times the context is refused before it is tokenized."""
+MAX_TEXT_BYTES_PER_TOKEN = 16
+"""A text longer than this times the context is refused before it is tokenized; prose has 4."""
 
 _REQUEST_ID = re.compile(r"[\w.:/-]+", re.ASCII)
 
@@ -53,13 +53,14 @@ def check_request_id(request_id: str) -> None:
 
 
 def check_text(text: str, bounds: Bounds) -> None:
-    """Refuse a prompt that cannot be tokenized, or is certainly longer than the context."""
+    """Refuse a prompt that cannot be tokenized, or is certainly too long to fit the context."""
     if not bounds.has_tokenizer:
         raise InvalidRequestError("this model has no tokenizer.json: send token ids, not text")
-    if len(text) > MAX_CHARS_PER_TOKEN * bounds.max_context:
+    num_bytes = len(text.encode())
+    if num_bytes > MAX_TEXT_BYTES_PER_TOKEN * bounds.max_context:
         raise InvalidRequestError(
-            f"the prompt has {len(text)} characters; a context of {bounds.max_context} tokens "
-            f"allows up to {MAX_CHARS_PER_TOKEN * bounds.max_context}"
+            f"the prompt has {num_bytes} bytes of UTF-8; a context of {bounds.max_context} tokens "
+            f"allows up to {MAX_TEXT_BYTES_PER_TOKEN * bounds.max_context}"
         )
 
 

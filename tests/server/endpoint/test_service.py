@@ -336,24 +336,6 @@ def test_requests_out_of_bounds(tmp_path: Path) -> None:
     within_deadline(check())
 
 
-@pytest.mark.parametrize(
-    "data", [b"\xff\xff\xff", b"\x12\x02\xc3\x28"], ids=["garbage", "no UTF-8"]
-)
-def test_bytes_that_are_no_request(data: bytes, tmp_path: Path) -> None:
-    async def check() -> None:
-        async with running_endpoint(tmp_path) as endpoint:
-            generate = endpoint.channel.unary_stream("/janus.v1.InferenceService/Generate")
-            code, sentence = await refused(generate(data, timeout=CALL_S))
-            assert code is Code.INVALID_ARGUMENT
-            assert sentence.startswith("the request is no valid message")
-            abort = endpoint.channel.unary_unary("/janus.v1.InferenceService/Abort")
-            with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await abort(b"\xff\xff\xff", timeout=CALL_S)
-            assert raised.value.code() is Code.INVALID_ARGUMENT
-
-    within_deadline(check())
-
-
 def test_model_info(tmp_path: Path) -> None:
     async def check() -> None:
         async with running_endpoint(tmp_path) as endpoint:

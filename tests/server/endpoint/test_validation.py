@@ -123,9 +123,9 @@ def test_request_ids_that_would_garble_a_log(request_id: str) -> None:
 
 def test_text() -> None:
     validation.check_text("", BOUNDS)
-    validation.check_text("x" * 64 * 64, BOUNDS)
-    with pytest.raises(InvalidRequestError, match=r"the prompt has 4097 characters; .* 4096"):
-        validation.check_text("x" * (64 * 64 + 1), BOUNDS)
+    validation.check_text("é" * 8 * 64, BOUNDS)
+    with pytest.raises(InvalidRequestError, match=r"the prompt has 1026 bytes of UTF-8; .* 1024"):
+        validation.check_text("é" * (8 * 64 + 1), BOUNDS)
     with pytest.raises(InvalidRequestError, match="send token ids, not text"):
         validation.check_text("x", TEXTLESS)
 

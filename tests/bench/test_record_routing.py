@@ -38,7 +38,9 @@ def test_records_what_transformers_reports(checkpoint: Path, tmp_path: Path) -> 
     model = reference_model(checkpoint)
     for index, ids in enumerate(TEXTS):
         logits = model(torch.tensor([ids]), output_router_logits=True).router_logits
-        expected = torch.stack([one.topk(2).indices for one in logits if one is not None])
+        expected = torch.stack(
+            [logits_TE.topk(2).indices for logits_TE in logits if logits_TE is not None]
+        )
         ours = routing["topk_ids"][:, routing["sequence"] == index]
         assert ours.tolist() == expected.tolist()
 

@@ -26,7 +26,7 @@ EXACT = Scheduling(policy="exact", costs=ActivationCosts(expert_ps=1, pair_ps=1)
 
 @dataclass
 class Decoded:
-    """What one prompt became."""
+    """What was generated from a prompt."""
 
     token_ids: list[int] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
@@ -110,12 +110,13 @@ def greedy_decode(
     decoded = [Decoded() for _ in prompts]
     while (plan := batcher.plan()) is not None:
         logits_BV = runner.forward(plan, pool)
-        sampling = [one for lane in plan.lanes for one in lane if one.samples]
+        sampling = [sequence for sequence in plan.sequences if sequence.samples]
         sampled: dict[str, int] = {}
-        for one, logits_V in zip(sampling, logits_BV, strict=True):
-            sampled[one.request_id] = int(logits_V.argmax())
-            decoded[int(one.request_id)].token_ids.append(sampled[one.request_id])
-            decoded[int(one.request_id)].logits.append(logits_V)
+        for sequence, logits_V in zip(sampling, logits_BV, strict=True):
+            sampled[sequence.request_id] = int(logits_V.argmax())
+            prompt = decoded[int(sequence.request_id)]
+            prompt.token_ids.append(sampled[sequence.request_id])
+            prompt.logits.append(logits_V)
         batcher.complete(plan, sampled)
     batcher.check_integrity()
     return decoded

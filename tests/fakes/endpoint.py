@@ -41,7 +41,7 @@ BYTES = byte_tokenizer()
 
 
 def ids(text: str) -> list[int]:
-    """Token ids of a text in the byte tokenizer; one a byte."""
+    """Token ids of a text in the byte tokenizer: a token for each byte."""
     found: list[int] = BYTES.encode(text).ids
     return found
 

@@ -8,7 +8,7 @@ from janus_scheduler.placement import LayerReplicas
 
 @st.composite
 def replicas(draw: st.DrawFn, max_experts: int = 24, max_workers: int = 10) -> LayerReplicas:
-    """Any hosts for each expert: one, some, all; more workers than experts and idle workers too."""
+    """Each expert on a single worker, on some, on all; at times more workers than experts."""
     num_experts = draw(st.integers(1, max_experts), "experts")
     num_workers = draw(st.integers(1, max_workers), "workers")
     kind = draw(st.sampled_from(["single", "few", "any", "every", "narrow"]), "kind")
@@ -17,7 +17,7 @@ def replicas(draw: st.DrawFn, max_experts: int = 24, max_workers: int = 10) -> L
     for expert in range(num_experts):
         most = {"single": 1, "few": 2, "any": num_workers, "every": num_workers, "narrow": 2}[kind]
         count = num_workers if kind == "every" else rng.integers(1, min(most, num_workers) + 1)
-        # Narrow: a chain, where relieving one worker takes a long path.
+        # Narrow: a chain of workers, in which taking an expert off one worker takes a long path.
         pool = (
             np.array([expert % num_workers, (expert + 1) % num_workers])
             if kind == "narrow"
@@ -25,12 +25,12 @@ def replicas(draw: st.DrawFn, max_experts: int = 24, max_workers: int = 10) -> L
         )
         pool = np.unique(pool)
         hosts.append(np.sort(rng.permutation(pool)[: min(count, len(pool))]))
-    return layer_replicas([list(map(int, one)) for one in hosts], num_workers)
+    return layer_replicas([list(map(int, workers)) for workers in hosts], num_workers)
 
 
 def layer_replicas(hosts: list[list[int]], num_workers: int) -> LayerReplicas:
     """Replicas on these workers, in slots as they come."""
-    num_slots = max(1, max(sum(worker in one for one in hosts) for worker in range(num_workers)))
+    num_slots = max(1, max(sum(worker in held for held in hosts) for worker in range(num_workers)))
     used = [0] * num_workers
     slots_ER = np.full((len(hosts), max(map(len, hosts))), -1, dtype=np.int32)
     for expert, workers in enumerate(hosts):

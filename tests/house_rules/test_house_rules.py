@@ -42,7 +42,7 @@ def test_files_are_short(paths: list[Path], limit: int) -> None:
 
 def test_functions_are_short() -> None:
     def limit(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-        jitted = any("triton.jit" in ast.unparse(one) for one in function.decorator_list)
+        jitted = any("triton.jit" in ast.unparse(node) for node in function.decorator_list)
         return 120 if jitted else 50
 
     long = [
@@ -119,7 +119,7 @@ def config_classes() -> Iterator[ast.ClassDef]:
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-                decorators = " ".join(ast.unparse(one) for one in node.decorator_list)
+                decorators = " ".join(map(ast.unparse, node.decorator_list))
                 if "dataclass" in decorators:
                     assert "frozen=True, kw_only=True, slots=True" in decorators, node.name
                     yield node

@@ -1,4 +1,4 @@
-"""The compiled schedule against the oracle, pair by pair, and the same kernel made for a GPU."""
+"""The compiled schedule against the oracle, pair by pair, and the GPU kernel against the former."""
 
 import os
 import subprocess
@@ -90,7 +90,7 @@ def test_equals_the_oracle(data: st.DataObject) -> None:
 
 
 def interpreted_cases() -> list[tuple[LayerReplicas, np.ndarray]]:
-    """Few, as the interpreter is slow: long paths, many workers, one replica, all replicas."""
+    """A few cases, as the interpreter is slow: long paths, many workers, one or all replicas."""
     rng = np.random.default_rng(5)
     chain = layer_replicas([[w] if w == 0 else [w - 1, w] for w in [0, 0, 1, 1, 2, 3, 4]], 5)
     full = layer_replicas([list(range(4))] * 7, 4)
@@ -99,7 +99,7 @@ def interpreted_cases() -> list[tuple[LayerReplicas, np.ndarray]]:
     mixed = [sorted(map(int, rng.permutation(6)[: rng.integers(1, 4)])) for _ in range(21)]
     cases = [(table, 12, 2) for table in (chain, full, wide, single)]
     cases += [(layer_replicas(mixed, 6), num_tokens, 4) for num_tokens in (0, 1, 40)]
-    # Expert 2 makes worker 1 the fullest; relief comes by moving 1 to worker 0, and 0 on to 3.
+    # Expert 2 makes worker 1 the fullest, unless expert 1 moves to worker 0, and 0 on to worker 3.
     path = layer_replicas([[0, 3], [0, 1], [1, 2], [2]], 4), np.arange(4)[:, None]
     return [
         path,

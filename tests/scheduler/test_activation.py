@@ -40,8 +40,8 @@ def test_worked_by_hand(policy: SchedulePolicy, expected: list[int]) -> None:
 
 
 def test_exact_goes_back_on_a_greedy_choice() -> None:
-    # Greedy sends expert 0 to worker 0 and 1 to worker 1, which leaves 2 and 3 no empty worker; to
-    # relieve worker 0 of one, 0 must move on to worker 2.
+    # Greedy sends expert 0 to worker 0 and expert 1 to worker 1, so that expert 2 finds no empty
+    # worker. Then worker 0 has two; for it to have one, expert 0 must move on to worker 2.
     table = layer_replicas([[0, 2], [1, 2], [0, 1]], 3)
     ids_TK = np.array([[0], [1], [2]])
     assert schedule(ids_TK, table, "aebs").experts_W.tolist() == [2, 1, 0]
@@ -94,7 +94,7 @@ def test_auto_reads_little_in_decode_and_computes_evenly_in_prefill() -> None:
     table = layer_replicas([[0, 1], [0, 1]], 2)
     decode = schedule(np.array([[0], [0]]), table, "auto", costs=COSTS)
     assert decode.experts_W.tolist() == [1, 0]
-    # 400 tokens of one expert: 830 on one worker against 430 on each of two.
+    # 400 tokens of one expert cost 830 on one worker, but 430 on each of two.
     prefill = schedule(np.zeros((400, 1), dtype=int), table, "auto", costs=COSTS)
     assert prefill.experts_W.tolist() == [1, 1]
     assert prefill.tokens_WC.sum(axis=1).tolist() == [199, 201]
@@ -120,7 +120,7 @@ def test_every_pair_is_computed_once_where_its_expert_is(data: st.DataObject) ->
         again = schedule(ids_TK.copy(), table, policy, costs=COSTS, seed=3)
         assert (again.slots_TK == chosen.slots_TK).all()
         if policy in ("first", "metro", "aebs", "exact"):
-            # One replica an expert.
+            # A single replica of each expert is read.
             assert chosen.experts_W.sum() == len(np.unique(ids_TK))
 
 

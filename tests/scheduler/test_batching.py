@@ -27,7 +27,7 @@ class Rig:
     num_blocks: int = 16
     max_lanes: int = 1
     alive: dict[str, Sequence] = field(default_factory=dict)
-    """Neither finished nor aborted, in order of arrival."""
+    """Requests that neither finished nor were aborted, in order of arrival."""
     running: list[str] = field(default_factory=list)
     computed: dict[str, int] = field(default_factory=dict)
     finished: dict[str, FinishReason] = field(default_factory=dict)
@@ -78,65 +78,63 @@ class Rig:
     def decide(self) -> StepPlan | None:
         """Plan a step and hold the plan against every rule."""
         before = list(self.running)
-        decoding = {one for one in before if self.num_unfed(one) == 1}
+        decoding = {name for name in before if self.num_unfed(name) == 1}
         self.plan = plan = self.batcher.plan()
         assert (plan is None) == (not self.alive)
         if plan is None:
             return None
-        planned = [one.request_id for one in plan.sequences]
+        planned = [sequence.request_id for sequence in plan.sequences]
         assert len(planned) == len(set(planned)) <= self.max_sequences
         assert 1 <= plan.num_tokens == sum(plan.lane_tokens) <= self.max_batch_tokens
         assert len(plan.lanes) == min(self.max_lanes, len(planned))
         assert all(plan.lanes)
-        # The latest arrivals lose their blocks, and no one comes in their place.
+        # The latest arrivals lose their blocks, and no other request comes in their place.
         assert list(plan.preempted) == before[::-1][: len(plan.preempted)]
         assert not plan.preempted or set(planned) <= set(before)
         assert not plan.preempted or self.steps_since_admission >= self.block_size
         for request_id in plan.preempted:
             self.computed[request_id] = 0
-        # Whoever runs is fed in every step, and those are always the first to have arrived.
+        # All that run are fed in every step, and they are the first to have arrived.
         assert set(planned) == set(list(self.alive)[: len(planned)])
         assert set(planned) >= set(before) - set(plan.preempted)
         self.running = list(self.alive)[: len(planned)]
         assert self.batcher.num_running == len(self.running)
         assert self.batcher.num_waiting == len(self.alive) - len(self.running)
-        assert {one.request_id for one in plan.sequences if one.request_id in decoding} == (
-            decoding - set(plan.preempted)
-        )
+        assert decoding & set(planned) == decoding - set(plan.preempted)
         self.steps_since_admission *= set(self.running) <= set(before)
-        for one in plan.sequences:
-            self.check_sequence(one)
+        for sequence in plan.sequences:
+            self.check_sequence(sequence)
         return plan
 
-    def check_sequence(self, one: SequencePlan) -> None:
+    def check_sequence(self, planned: SequencePlan) -> None:
         """The right tokens, over blocks that hold what this request wrote before."""
-        sequence = self.alive[one.request_id]
-        stop = one.start + one.num_tokens
-        assert one.start == self.computed[one.request_id]
-        assert list(one.token_ids) == sequence.tokens(one.start, stop)
-        assert len(one.token_ids) == one.num_tokens >= 1
-        assert one.samples == (stop == sequence.num_tokens)
+        sequence = self.alive[planned.request_id]
+        stop = planned.start + planned.num_tokens
+        assert planned.start == self.computed[planned.request_id]
+        assert list(planned.token_ids) == sequence.tokens(planned.start, stop)
+        assert len(planned.token_ids) == planned.num_tokens >= 1
+        assert planned.samples == (stop == sequence.num_tokens)
         size = self.block_size
-        slots = [block * size + at for block in one.block_table for at in range(size)]
-        for position, slot in enumerate(slots[: one.start]):
-            assert self.kv_slots[slot] == (one.request_id, position)
-        for position in range(one.start, stop):
-            self.kv_slots[slots[position]] = (one.request_id, position)
+        slots = [block * size + at for block in planned.block_table for at in range(size)]
+        for position, slot in enumerate(slots[: planned.start]):
+            assert self.kv_slots[slot] == (planned.request_id, position)
+        for position in range(planned.start, stop):
+            self.kv_slots[slots[position]] = (planned.request_id, position)
 
     def act(self) -> None:
         """Complete the plan, with the token that every request should sample."""
         assert self.plan is not None
         sampled: dict[str, int] = {}
-        for one in self.plan.sequences:
-            stop = one.start + one.num_tokens
-            if one.samples:
-                sampled[one.request_id] = 1000 * int(one.request_id[1:]) + stop
-            if one.request_id in self.alive:
-                self.computed[one.request_id] = stop
+        for planned in self.plan.sequences:
+            stop = planned.start + planned.num_tokens
+            if planned.samples:
+                sampled[planned.request_id] = 1000 * int(planned.request_id[1:]) + stop
+            if planned.request_id in self.alive:
+                self.computed[planned.request_id] = stop
         results = self.batcher.complete(self.plan, sampled)
         self.steps_since_admission += 1
         self.plan = None
-        assert {one.request_id: one.token_id for one in results} == {
+        assert {result.request_id: result.token_id for result in results} == {
             request_id: token for request_id, token in sampled.items() if request_id in self.alive
         }
         for result in results:
@@ -157,7 +155,7 @@ class Rig:
         return plan
 
     def drain(self) -> None:
-        """Run everything to its end; each request gets just its tokens."""
+        """Run everything to its end; each request gets its own tokens and no others."""
         for _ in range(10_000):
             if self.step() is None:
                 break
@@ -181,7 +179,10 @@ class Rig:
 def shape(plan: StepPlan | None) -> list[tuple[str, int, int, bool]]:
     """(request, start, tokens, whether it samples) of all sequences."""
     assert plan is not None
-    return [(one.request_id, one.start, one.num_tokens, one.samples) for one in plan.sequences]
+    return [
+        (sequence.request_id, sequence.start, sequence.num_tokens, sequence.samples)
+        for sequence in plan.sequences
+    ]
 
 
 def test_prompts_are_fed_in_chunks_that_fill_the_budget() -> None:
@@ -228,8 +229,8 @@ def test_max_sequences_bounds_those_that_run() -> None:
     rig = Rig(max_sequences=2)
     for _ in range(3):
         rig.add(1, 1)
-    assert [one[0] for one in shape(rig.step())] == ["r0", "r1"]
-    assert [one[0] for one in shape(rig.step())] == ["r2"]
+    assert [request_id for request_id, *_ in shape(rig.step())] == ["r0", "r1"]
+    assert [request_id for request_id, *_ in shape(rig.step())] == ["r2"]
 
 
 def test_stop_tokens_end_a_request_and_free_its_blocks() -> None:
@@ -258,7 +259,10 @@ def test_preemption_by_hand() -> None:
     # Two blocks each at first; one more each in the fourth step, for position 4.
     for position in (0, 2, 3, 4, 5):
         plan = rig.step()
-        assert [one[:2] for one in shape(plan)] == [("r0", position), ("r1", position)]
+        assert [(request_id, start) for request_id, start, *_ in shape(plan)] == [
+            ("r0", position),
+            ("r1", position),
+        ]
     assert rig.batcher.num_free_blocks == 0
     # Position 6 lacks a block: the later request gives up its three.
     plan = rig.step()
@@ -270,7 +274,7 @@ def test_preemption_by_hand() -> None:
     # It waits until there is room for what it has and then some, before those who came after it.
     rig.add(1, 1)
     for _ in range(5):
-        assert [one[0] for one in shape(rig.step())] == ["r0"]
+        assert [request_id for request_id, *_ in shape(rig.step())] == ["r0"]
     # All seven tokens are fed anew, and nothing that was sampled is sampled again.
     assert "r0" in rig.finished
     assert shape(rig.step()) == [("r1", 0, 7, True), ("r2", 0, 1, True)]
@@ -278,7 +282,7 @@ def test_preemption_by_hand() -> None:
     assert rig.batcher.num_preemptions == 1
 
 
-def test_the_one_in_need_is_preempted_if_it_came_last() -> None:
+def test_the_request_in_need_is_preempted_if_it_came_last() -> None:
     rig = Rig(num_blocks=8)
     rig.add(4, 9)
     rig.add(3, 9)
@@ -305,7 +309,7 @@ def test_sequences_stay_adjacent_where_there_is_room() -> None:
     for length in range(1, 9):
         rig.add(length, 40)
     while (plan := rig.step()) is not None:
-        assert all(len(block_runs(one.block_table)) == 1 for one in plan.sequences)
+        assert all(len(block_runs(sequence.block_table)) == 1 for sequence in plan.sequences)
 
 
 def test_lanes_are_balanced_and_keep_their_order() -> None:
@@ -314,7 +318,8 @@ def test_lanes_are_balanced_and_keep_their_order() -> None:
         rig.add(length, 2)
     plan = rig.step()
     assert plan is not None
-    assert [[one.request_id for one in lane] for lane in plan.lanes] == [["r0", "r2"], ["r1", "r3"]]
+    lanes = [[sequence.request_id for sequence in lane] for lane in plan.lanes]
+    assert lanes == [["r0", "r2"], ["r1", "r3"]]
     assert plan.lane_tokens == (6, 6)
     assert plan.num_tokens == 12
 
@@ -351,7 +356,7 @@ def test_abort_between_plan_and_complete() -> None:
     rig.abort("r0")
     rig.act()
     assert rig.sequences[0].output_ids == []
-    # A new request under an old name gets nothing of the old one's step.
+    # A new request under the name of an aborted one gets nothing of that one's step.
     plan = rig.decide()
     assert plan is not None
     rig.batcher.abort("r1")

@@ -1,4 +1,4 @@
-"""Placements: every expert has a slot, no worker holds one twice, errors name the culprit."""
+"""Placements: every expert has a slot, no worker holds an expert twice, errors name the culprit."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_every_layer_begins_at_another_worker() -> None:
 def test_spare_slots_hold_replicas() -> None:
     placement = round_robin(moe_layers=(0, 1), num_experts=3, num_workers=2)
     assert placement.layers[0].tolist() == [[0, 2], [1, 0]]
-    # Expert 1 would be next in this layer, but worker 0 has just that one.
+    # Expert 1 would be next in this layer, but worker 0 holds it already.
     assert placement.layers[1].tolist() == [[1, 2], [0, 2]]
     replicas = placement.replicas(1, 3)
     assert replicas.slots_ER.tolist() == [[2, -1], [0, -1], [1, 3]]

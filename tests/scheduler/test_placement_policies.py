@@ -57,7 +57,7 @@ def test_eplb_balances_tokens() -> None:
 
 
 def test_a_swap_makes_room_where_only_a_copy_would_fit() -> None:
-    # Heaviest first, the last replica of expert 0 finds a free slot only beside its other one.
+    # Heaviest first, the last replica of expert 0 finds a free slot only beside its other replica.
     counts_E = np.array([10, 9, 9, 1])
     for table_WC in (
         eplb(counts_E, 2, 3),

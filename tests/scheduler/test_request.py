@@ -19,12 +19,12 @@ def sequence(prompt_ids: list[int], output_ids: list[int]) -> Sequence:
 
 
 def test_tokens_by_hand() -> None:
-    one = sequence([10, 11, 12], [20, 21])
-    assert one.num_tokens == 5
-    assert one.tokens(0, 2) == [10, 11]
-    assert one.tokens(2, 4) == [12, 20]
-    assert one.tokens(4, 5) == [21]
-    assert one.tokens(3, 3) == []
+    request = sequence([10, 11, 12], [20, 21])
+    assert request.num_tokens == 5
+    assert request.tokens(0, 2) == [10, 11]
+    assert request.tokens(2, 4) == [12, 20]
+    assert request.tokens(4, 5) == [21]
+    assert request.tokens(3, 3) == []
 
 
 @settings(derandomize=True, deadline=None)
@@ -37,15 +37,15 @@ def test_tokens_by_hand() -> None:
 def test_tokens_are_a_slice_of_prompt_plus_output(
     prompt_ids: list[int], output_ids: list[int], start: int, stop: int
 ) -> None:
-    one = sequence(prompt_ids, output_ids)
-    assert one.tokens(start, stop) == (prompt_ids + output_ids)[start:stop]
-    assert one.num_tokens == len(prompt_ids + output_ids)
+    request = sequence(prompt_ids, output_ids)
+    assert request.tokens(start, stop) == (prompt_ids + output_ids)[start:stop]
+    assert request.num_tokens == len(prompt_ids + output_ids)
 
 
 def test_a_new_sequence_has_done_nothing() -> None:
-    one = Sequence(request_id="r", prompt_ids=(1,), params=SamplingParams(max_tokens=1))
+    request = Sequence(request_id="r", prompt_ids=(1,), params=SamplingParams(max_tokens=1))
     other = Sequence(request_id="s", prompt_ids=(1,), params=SamplingParams(max_tokens=1))
-    one.output_ids.append(5)
+    request.output_ids.append(5)
     assert other.output_ids == []
     assert other.num_computed == 0
 

@@ -19,7 +19,7 @@ NOWHERE = "127.0.0.1:1"
 
 
 class FakeControlService(ControlServiceServicer):
-    """Notes heartbeats; streams one message a connection and then ends it."""
+    """Notes heartbeats; on each connection it streams one message and then ends the stream."""
 
     def __init__(self, heartbeat_interval_s: float) -> None:
         self.heartbeat_interval_s = heartbeat_interval_s

@@ -97,7 +97,7 @@ def test_tokens_equal_those_of_the_local_transport(
             folder, pool, batches[rank], 4 + rank, lanes=lanes, max_batch_tokens=64
         )
         pool.close()
-        return [one.token_ids for one in decoded]
+        return [prompt.token_ids for prompt in decoded]
 
     with group_configs(num_attention, num_experts) as configs:
         experts = [
@@ -114,7 +114,7 @@ def test_tokens_equal_those_of_the_local_transport(
             future.result(DEADLINE_S)
     for rank, batch in enumerate(batches):
         expected = greedy_decode(folder, local_pool(folder, num_experts), batch, 4 + rank)
-        assert results[rank] == [one.token_ids for one in expected]
+        assert results[rank] == [prompt.token_ids for prompt in expected]
     # Every expert worker has seen every token, and counts alike.
     assert all(runner.counts() == runners[0].counts() for runner in runners)
 
@@ -175,7 +175,7 @@ def test_a_step_may_take_longer_than_the_deadline() -> None:
         pool = attention_side(configs[1])
         pool.idle()
         started.wait(DEADLINE_S)
-        run_step(pool, layers, 2)  # which starts when the long one is over
+        run_step(pool, layers, 2)  # which starts when the long step is over
         pool.close()
 
     def stay_idle() -> None:

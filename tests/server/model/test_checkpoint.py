@@ -44,13 +44,13 @@ def test_opens_what_transformers_wrote(folder: Path) -> None:
 
 def test_a_sharded_checkpoint_reads_the_same(folder: Path, sharded: Path) -> None:
     assert len(list(sharded.glob("*.safetensors"))) > 2
-    one, many = Checkpoint.open(folder), Checkpoint.open(sharded)
-    assert one.spec == many.spec
+    single, many = Checkpoint.open(folder), Checkpoint.open(sharded)
+    assert single.spec == many.spec
     with (
-        WeightReader(one, dtype=torch.float32, device=CPU) as ours,
+        WeightReader(single, dtype=torch.float32, device=CPU) as ours,
         WeightReader(many, dtype=torch.float32, device=CPU) as theirs,
     ):
-        for name in one.tensors:
+        for name in single.tensors:
             assert torch.equal(ours.read(name), theirs.read(name))
 
 

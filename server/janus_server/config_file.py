@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from janus_server.errors import ConfigError
+from janus_server.input_file import read_file
+
+_MAX_BYTES = 2**20
 
 _ACCEPTED: dict[Any, tuple[str, tuple[type, ...]]] = {
     bool: ("true or false", (bool,)),
@@ -24,10 +27,9 @@ def read_config_file(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ConfigError.
     """
+    content = read_file(path, ConfigError, max_bytes=_MAX_BYTES)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+        table = tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:  # tomllib lets more through than its own error
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     for key, value in table.items():

@@ -14,6 +14,7 @@ from janus_scheduler.model_spec import ModelSpec
 from janus_scheduler.placement import Placement, round_robin
 from janus_server.controller.config import PoolConfig
 from janus_server.errors import ConfigError
+from janus_server.input_file import read_json
 
 
 def first_placement(pools: PoolConfig, spec: ModelSpec) -> Placement:
@@ -51,12 +52,7 @@ def first_placement(pools: PoolConfig, spec: ModelSpec) -> Placement:
 
 def read_placement(path: Path, num_experts: int) -> Placement:
     """Read and check a placement of `num_experts` experts a layer; raises ConfigError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the placement {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    content = read_json(path, ConfigError)
     try:
         placement = _placement(content, num_experts)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:

@@ -54,7 +54,8 @@ def check_registration(
     worker = f"the {ROLE_NAMES[request.role]} worker with process id {request.pid}"
     if request.model_fingerprint != deployment.fingerprint:
         raise RegistrationRefusedError(
-            f"{worker} serves another model than this controller: their configurations or weights differ"
+            f"{worker} serves another model than this controller: their configurations or weights "
+            "differ"
         )
     if request.dtype != deployment.dtype:
         raise RegistrationRefusedError(

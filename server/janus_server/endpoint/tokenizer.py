@@ -8,8 +8,11 @@ from pathlib import Path
 import tokenizers
 
 from janus_server.errors import CheckpointError
+from janus_server.input_file import is_there, read_file
 
 _FILE = "tokenizer.json"
+_MAX_BYTES = 2**28
+"""Several times the largest that is known."""
 _NUM_THREADS = 2
 _MAX_UNFINISHED = 64
 """Tokens that may wait to become text; more are taken for what they are, if only to be shown."""
@@ -18,7 +21,7 @@ _MAX_UNFINISHED = 64
 def load_tokenizer(checkpoint: Path) -> "Tokenizer | None":
     """The tokenizer of a model folder; None where it has none, and token ids alone are served."""
     path = checkpoint / _FILE
-    return Tokenizer(path) if path.exists() else None
+    return Tokenizer(path) if is_there(path) else None
 
 
 def check_tokenizer(checkpoint: Path) -> None:
@@ -27,7 +30,7 @@ def check_tokenizer(checkpoint: Path) -> None:
     Reads all of it, which takes under half a second with the largest vocabularies.
     """
     path = checkpoint / _FILE
-    if path.exists():
+    if is_there(path):
         _read(path)
 
 
@@ -56,8 +59,9 @@ class Tokenizer:
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:
+    content = read_file(path, CheckpointError, max_bytes=_MAX_BYTES)
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{path} is not a usable tokenizer: {error}") from None
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from janus_scheduler.model_spec import ModelSpec
 from janus_server.errors import CheckpointError
-from janus_server.model.config_json import read_json, shown
+from janus_server.input_file import is_there
+from janus_server.model.config_json import read_object, shown
 from janus_server.model.families import Family, family_of
 from janus_server.model.fingerprint import fingerprint
 from janus_server.model.stored_tensors import StoredTensor, find_tensors, shard_of_tensors
@@ -37,7 +38,7 @@ class Checkpoint:
         if not os.path.isdir(folder):  # Path.is_dir raises on names too long for the system
             raise CheckpointError(f"no checkpoint folder at {folder}")
         config_path = folder / "config.json"
-        config = read_json(config_path)
+        config = read_object(config_path)
         family = family_of(config, config_path)
         try:
             spec = family.parse_spec(config)
@@ -63,7 +64,7 @@ def _eos_token_ids(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> 
     # Chat models list further end tokens in generation_config.json; they win, as in transformers.
     # Where it lists none, those of config.json still end a text; transformers would go on.
     path = folder / "generation_config.json"
-    eos = read_json(path).get("eos_token_id") if path.exists() else None
+    eos = read_object(path).get("eos_token_id") if is_there(path) else None
     if eos is None:
         path, eos = folder / "config.json", config.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]

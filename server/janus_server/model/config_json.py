@@ -10,19 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from janus_server.errors import CheckpointError
+from janus_server.input_file import read_json
 
 MAX_SIZE = 2**31 - 1
 """Largest dimension of a tensor."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises CheckpointError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    value = read_json(path, CheckpointError)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     return value
@@ -79,7 +75,10 @@ def table(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def shown(value: Any) -> str:
     """A value as JSON, cut where it is long, for a complaint about it."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:  # it was read with more room on the stack
+        return "a value nested too deeply"
     return text if len(text) <= 60 else text[:60] + "..."
 
 

@@ -20,7 +20,7 @@ def rope_spec(config: Mapping[str, Any], *, head_dim: int, max_context: int) -> 
     rope = table(config, key)
     nested = [name for name, value in rope.items() if isinstance(value, dict)]
     if nested:
-        raise ValueError(f"{key} for some layers only ({nested[0]}) are not served")
+        raise ValueError(f"{key} for some layers only ({shown(nested[0])}) are not served")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     theta = _theta(config, rope)
     if kind == "default":  # whatever else is said, partial_rotary_factor too, is ignored

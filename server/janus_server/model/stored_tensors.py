@@ -10,7 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from janus_server.errors import CheckpointError
-from janus_server.model.config_json import read_json, shown
+from janus_server.input_file import check_regular, is_there
+from janus_server.model.config_json import read_object, shown
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -56,13 +57,13 @@ def find_tensors(
 
 def shard_of_tensors(folder: Path) -> dict[str, Path]:
     """Every tensor of the folder and its file, from the index where there is one."""
-    if not (folder / _INDEX).exists():
-        if not (folder / _SINGLE).exists():
+    if not is_there(folder / _INDEX):
+        if not is_there(folder / _SINGLE):
             raise CheckpointError(
                 f"{folder} has neither {_SINGLE} nor {_INDEX}; other weight formats are not read"
             )
         return dict.fromkeys(_read_header(folder / _SINGLE), folder / _SINGLE)
-    weight_map = read_json(folder / _INDEX).get("weight_map")
+    weight_map = read_object(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{folder / _INDEX} has no weight_map from tensors to safetensors files"
@@ -75,12 +76,13 @@ def shard_of_tensors(folder: Path) -> dict[str, Path]:
                 f"not {shown(name)}"
             )
     for name in sorted(set(weight_map.values())):
-        if not (folder / name).is_file():
+        if not is_there(folder / name):
             raise CheckpointError(f"the shard {name} is missing from {folder}")
     return {tensor: folder / name for tensor, name in weight_map.items()}
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
+    check_regular(path, CheckpointError)
     try:
         # The library that will read the tensors judges whether the file is whole.
         with safe_open(path, framework="numpy"), path.open("rb") as file:

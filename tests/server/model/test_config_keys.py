@@ -212,7 +212,7 @@ def test_rope_is_resolved_as_transformers_does(folder: Path, name: str) -> None:
             ({"rope_type": kind, "factor": 2.0}, f'rope type "{kind}" is not served, only default')
             for kind in sorted({*ROPE_INIT_FUNCTIONS, "axial", "mrope"} - set(ROPE_KINDS))
         ),
-        ({"full_attention": {"rope_type": "yarn"}}, r"for some layers only \(full_attention\)"),
+        ({"full_attention": {"rope_type": "yarn"}}, r'for some layers only \("full_attention"\)'),
         ({"rope_type": "yarn", "truncate": None}, "truncate must be true or false, not null"),
         ({"rope_type": "yarn", "rope_theta": 1}, "rope_theta must be above 1 with"),
         ({"rope_type": "linear"}, "has no 'factor'"),

@@ -15,7 +15,6 @@ from janus_server.attention.memory import attention_needs, free_kv_bytes, with_k
 from janus_server.attention.service import AttentionWorkerService
 from janus_server.attention.weights import load_attention_weights
 from janus_server.comm.base import ExpertPool
-from janus_server.comm.compute_identity import compute_identity
 from janus_server.comm.config import SIGNS_PER_TIMEOUT
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.comm.epoch import group_config
@@ -25,6 +24,7 @@ from janus_server.comm.lifecycle import run_until_stopped
 from janus_server.comm.work_thread import WorkThread
 from janus_server.grpc_server import start_server
 from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.compute_identity import compute_identity
 from janus_server.model.config import context_limit
 from janus_server.model.cpu import use_cpu
 from janus_server.model.gpu import free_device_memory, memory_name

@@ -13,7 +13,6 @@ from janus_proto.v1 import control_pb2
 from janus_scheduler.activation import ActivationCosts, Scheduling
 from janus_scheduler.model_spec import ModelSpec
 from janus_scheduler.placement import Placement
-from janus_server.comm.compute_identity import differences
 from janus_server.controller.activity import ExpertActivity
 from janus_server.controller.config import PoolConfig, ScheduleConfig
 from janus_server.controller.registration import (
@@ -21,6 +20,7 @@ from janus_server.controller.registration import (
     Deployment,
     Registration,
     check_registration,
+    compute_differences,
 )
 from janus_server.errors import ConfigError
 
@@ -218,7 +218,7 @@ def _warn_of_differences(experts: Sequence[Member]) -> None:
     warned: set[tuple[str, ...]] = {()}
     for member in experts:
         first = experts[0]
-        found = differences(first.registration.compute, member.registration.compute)
+        found = compute_differences(first.registration.compute, member.registration.compute)
         if tuple(found) not in warned:
             warned.add(tuple(found))
             logger.warning(

@@ -78,6 +78,18 @@ def check_registration(
     )
 
 
+def compute_differences(
+    first: control_pb2.ComputeIdentity, second: control_pb2.ComputeIdentity
+) -> list[str]:
+    """What differs, each as "torch 2.11.0 and 2.13.0"; empty where nothing does."""
+    of_first, of_second = _facts(first), _facts(second)
+    return [
+        f"{name} {of_first.get(name, 'none')} and {of_second.get(name, 'none')}"
+        for name in sorted(of_first.keys() | of_second.keys())
+        if of_first.get(name) != of_second.get(name)
+    ]
+
+
 def _check_address(request: control_pb2.RegisterRequest) -> None:
     if request.role == control_pb2.WORKER_ROLE_EXPERT and not request.address:
         return
@@ -86,3 +98,14 @@ def _check_address(request: control_pb2.RegisterRequest) -> None:
     _, port = split_address(request.address)
     if port == 0:
         raise ValueError(f"its address {request.address} has no port")
+
+
+def _facts(identity: control_pb2.ComputeIdentity) -> dict[str, str]:
+    return {
+        "device": identity.device,
+        "instruction set of torch": identity.cpu_capability or "none",
+        "oneDNN": "yes" if identity.has_onednn else "none",
+        "threads": str(identity.threads),
+        **dict.fromkeys(identity.cpu_features, "yes"),
+        **identity.versions,
+    }

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from janus_proto.v1 import control_pb2
-from janus_server.comm.compute_identity import compute_identity
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.comm.epoch import costs_message, group_config, placement_of, scheduling_of
 from janus_server.comm.gloo import GlooAttentionPool
@@ -20,6 +19,7 @@ from janus_server.experts.memory import expert_needs
 from janus_server.experts.runner import ExpertRunner
 from janus_server.experts.weights import load_layers
 from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.compute_identity import compute_identity
 from janus_server.model.cpu import use_cpu
 from janus_server.model.gpu import free_device_memory, memory_name
 from janus_server.model.memory import check_fits

@@ -5,6 +5,7 @@ from janus_server.controller.registration import (
     Deployment,
     RegistrationRefusedError,
     check_registration,
+    compute_differences,
 )
 from tests.fakes.controller import registration
 
@@ -63,3 +64,33 @@ def test_what_may_not_take_part(role: int, fields: dict[str, object], sentence: 
         check_registration(registration(role, **fields), DEPLOYMENT)
     assert sentence in str(raised.value)
     assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "found"),
+    [
+        ({}, {}, []),
+        ({"device": "cpu"}, {"device": "NVIDIA H100"}, ["device cpu and NVIDIA H100"]),
+        ({"threads": 1}, {"threads": 4}, ["threads 1 and 4"]),
+        ({"has_onednn": True}, {}, ["oneDNN yes and none"]),
+        (
+            {"cpu_capability": "AVX512", "cpu_features": ["amx_bf16", "avx2"]},
+            {"cpu_capability": "AVX2", "cpu_features": ["avx2"]},
+            ["amx_bf16 yes and none", "instruction set of torch AVX512 and AVX2"],
+        ),
+        (
+            {"versions": {"torch": "2.11.0", "numba": "0.63"}},
+            {"versions": {"torch": "2.13.0"}},
+            ["numba 0.63 and none", "torch 2.11.0 and 2.13.0"],
+        ),
+    ],
+)
+def test_differences_of_what_workers_compute_with(
+    first: dict[str, object], second: dict[str, object], found: list[str]
+) -> None:
+    assert (
+        compute_differences(
+            control_pb2.ComputeIdentity(**first), control_pb2.ComputeIdentity(**second)
+        )
+        == found
+    )

@@ -6,12 +6,10 @@ bit, they may choose different experts for a token: an expert is then left out o
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from janus_proto.v1 import control_pb2
-
-if TYPE_CHECKING:
-    import torch
 
 _LIBRARIES = ("janus-moe", "torch", "numpy", "numba", "triton")
 
@@ -25,10 +23,8 @@ _CPU_FEATURES = """
 """Names in /proc/cpuinfo of what makes libraries take other paths; x86 first, then Arm."""
 
 
-def compute_identity(device: "torch.device", threads: int) -> control_pb2.ComputeIdentity:
+def compute_identity(device: torch.device, threads: int) -> control_pb2.ComputeIdentity:
     """What this process computes with on `device`; `threads`: of its CPU."""
-    import torch  # slow to import, and the controller only compares
-
     identity = control_pb2.ComputeIdentity(device=device.type, versions=_versions())
     if device.type == "cuda":
         identity.device = torch.cuda.get_device_name(device)
@@ -38,29 +34,6 @@ def compute_identity(device: "torch.device", threads: int) -> control_pb2.Comput
     identity.has_onednn = torch.backends.mkldnn.is_available()
     identity.threads = threads
     return identity
-
-
-def differences(
-    first: control_pb2.ComputeIdentity, second: control_pb2.ComputeIdentity
-) -> list[str]:
-    """What differs, each as "torch 2.11.0 and 2.13.0"; empty where nothing does."""
-    of_first, of_second = _facts(first), _facts(second)
-    return [
-        f"{name} {of_first.get(name, 'none')} and {of_second.get(name, 'none')}"
-        for name in sorted(of_first.keys() | of_second.keys())
-        if of_first.get(name) != of_second.get(name)
-    ]
-
-
-def _facts(identity: control_pb2.ComputeIdentity) -> dict[str, str]:
-    return {
-        "device": identity.device,
-        "instruction set of torch": identity.cpu_capability or "none",
-        "oneDNN": "yes" if identity.has_onednn else "none",
-        "threads": str(identity.threads),
-        **dict.fromkeys(identity.cpu_features, "yes"),
-        **identity.versions,
-    }
 
 
 def _versions() -> dict[str, str]:

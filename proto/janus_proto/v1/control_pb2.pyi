@@ -55,7 +55,7 @@ class RegisterRequest(_message.Message):
     model_fingerprint: _builtins.str
     """SHA-256 of config.json: all workers must serve the same model."""
     dtype: _builtins.str
-    """Number format of weights and activations, as --dtype names it: of all workers the same."""
+    """Number format of weights and activations, as --dtype names it: the same for all workers."""
     @_builtins.property
     def activation_costs(self) -> Global___ActivationCosts:
         """Of an expert worker: what it measured on itself."""
@@ -123,7 +123,7 @@ class ComputeIdentity(_message.Message):
     threads: _builtins.int
     @_builtins.property
     def cpu_features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Of the processor, those for which libraries take other paths; ascending."""
+        """Features of the processor that make libraries take other code paths; ascending."""
 
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -175,7 +175,7 @@ Global___ActivationCosts: _TypeAlias = ActivationCosts  # noqa: Y015
 
 @_typing.final
 class Scheduling(_message.Message):
-    """How the expert workers of an epoch choose replicas; all must do it alike."""
+    """How the expert workers of an epoch choose replicas; all must choose in the same way."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -233,7 +233,7 @@ class HeartbeatRequest(_message.Message):
     """Number of the epoch the worker is ready to serve; 0: none yet."""
     @_builtins.property
     def expert_load(self) -> Global___ExpertLoad:
-        """Of an expert worker; unset where it could not be had in time."""
+        """Of an expert worker; unset if it could not be read in time."""
 
     def __init__(
         self,
@@ -561,7 +561,7 @@ class GetExpertLoadsResponse(_message.Message):
     def loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerExpertLoad]: ...
     @_builtins.property
     def recent_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecentTokens]:
-        """Of the layers in `loads`, the tokens of late: older ones count less and less."""
+        """Recent tokens of the layers in `loads`: the older a token, the less it counts."""
 
     def __init__(
         self,
@@ -588,7 +588,7 @@ class RecentTokens(_message.Message):
     half_life_s: _builtins.float
     @_builtins.property
     def expert_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Of each logical expert, halved every half_life_s."""
+        """Of each logical expert; a token counts half after half_life_s, a quarter after twice that."""
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ _STOP_TIMEOUT_S = 15.0
 """How long workers and controller may take to end, in seconds."""
 
 _FAILED_STOP_TIMEOUT_S = 3.0
-"""The same once a process was lost: who hangs then is likely the cause; the others end at once."""
+"""The same once a process was lost: the others then end at once, unless they wait for one more."""
 
 _DRAIN_MARGIN_S = 5.0
 """How much longer than its drain timeout the endpoint may take to end, in seconds."""
@@ -78,7 +78,7 @@ async def running_cluster(
     takes the processes' logs; None: this process's own. Raises PeerLostError when a process ends
     during the start, UnavailableError when the start takes longer than its timeout. Being
     cancelled while an error is on its way only sets `hurry`; where a process crashes during an
-    orderly end, PeerLostError is raised as well.
+    orderly end, or has to be killed, PeerLostError is raised as well.
     """
     hurry = hurry or asyncio.Event()
     supervisor = Supervisor(hurry=hurry, stderr=stderr)
@@ -93,7 +93,7 @@ async def running_cluster(
             await lifecycle.end()
         finally:
             supervisor.kill_all()
-        if supervisor.has_crashed:
+        if supervisor.has_crashed or lifecycle.was_cut_short:
             raise PeerLostError(lifecycle.failure)
 
 
@@ -124,16 +124,27 @@ class _Lifecycle:
         return cluster
 
     @property
+    def was_cut_short(self) -> bool:
+        """Whether the server was ready, and a process did not end in order."""
+        children = self._supervisor.children
+        return self._is_serving and any(child.was_frozen or child.is_late for child in children)
+
+    @property
     def failure(self) -> str:
-        """Who ended first unasked, and who hung: probably the cause."""
-        # A draining endpoint waits for others.
-        hung = [
-            child.name
-            for child in self._supervisor.children
-            if child.has_hung and child is not self._endpoint
-        ]
-        cause = f"; what hung and was killed: the {', the '.join(hung)}" if hung else ""
-        return self._supervisor.failure + cause
+        """Who ended first unasked, and who had to be killed: perhaps the cause."""
+        supervisor = self._supervisor
+        sentences = [supervisor.failure] if supervisor.has_failed else []
+        frozen = [child.name for child in supervisor.children if child.was_frozen]
+        if frozen:
+            sentences.append(
+                f"stopped by a signal or a debugger, and killed: the {', the '.join(frozen)}"
+            )
+        late = [child.name for child in supervisor.children if child.is_late]
+        if self._endpoint is not None and supervisor.has_failed and self._endpoint.is_late:
+            late.remove(self._endpoint.name)  # it drains, and waits for the others
+        if late:
+            sentences.append(f"killed, not having ended in time: the {', the '.join(late)}")
+        return "; ".join(sentences)
 
     async def end(self) -> None:
         supervisor = self._supervisor

@@ -35,7 +35,3 @@ class RequestFailedError(JanusError):
 
 class PeerLostError(JanusError):
     """A worker of the epoch died or stayed silent past its deadline."""
-
-
-class StuckThreadError(JanusError):
-    """A thread cannot be made to end: the process must, without the interpreter's orderly exit."""

@@ -13,12 +13,12 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 import uvloop
 
 from janus_server import command_line
-from janus_server.errors import JanusError, StuckThreadError
+from janus_server.errors import JanusError
 from janus_server.standard_streams import open_closed_streams, say
 from janus_server.telemetry import LogLevel, configure_logging
 
@@ -54,31 +54,30 @@ def run(
     cls: type[ConfigT],
     main: Callable[[ConfigT, asyncio.Event], Awaitable[None]],
     argv: Sequence[str] | None = None,
-) -> int:
-    """Parse `cls` from the command line and run `main(config, stop)` until it returns.
+) -> NoReturn:
+    """Parse `cls` from the command line, run `main(config, stop)` until it returns, and exit.
 
-    `main` must return soon after `stop` is set. Returns the exit status: 0, or 1 after a
-    JanusError, whose sentence is logged without a traceback; any other exception passes.
+    `main` must return soon after `stop` is set. The exit status is 0, or 1 after a JanusError,
+    whose sentence is logged without a traceback; any other exception passes.
     """
     open_closed_streams()
     configure_logging(name)
+    status = 1
     try:
         prog = f"python -m janus_server.{name}"
         config = command_line.parse(cls, sys.argv[1:] if argv is None else argv, prog=prog)
         configure_logging(name, config.process.log_level)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run_until_stopped(config, main))
+        status = 0
     except (JanusError, BaseExceptionGroup) as error:
         cause = _first_janus_error(error)
         if cause is None:
             raise
         logger.error("%s", cause)
-        if isinstance(cause, StuckThreadError):
-            # The interpreter's exit would abort, with a core dump, on a thread inside C++.
-            logging.shutdown()
-            os._exit(1)
-        return 1
-    return 0
+    # The interpreter's own exit would abort, with a core dump, on a thread that is inside C++.
+    logging.shutdown()
+    os._exit(status)
 
 
 def announce(address: str) -> None:

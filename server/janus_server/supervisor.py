@@ -13,6 +13,7 @@ import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from janus_server.errors import PeerLostError
@@ -21,6 +22,9 @@ from janus_server.process import announced_address
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_FROZEN_TIMEOUT_S = 3.0
+"""How long a child that is stopped may take to be continued and to end, in seconds."""
 
 
 class Child:
@@ -32,13 +36,26 @@ class Child:
         self.pid = process.pid
         self.is_ending = False
         """Whether it was asked to end."""
-        self.has_hung = False
-        """Whether it had to be killed because it did not end in time."""
+        self.is_late = False
+        """Whether it was killed because it did not end in time."""
+        self.was_frozen = False
+        """Whether it was killed because it was stopped, by a signal or a debugger."""
         self.process = process
         self.exited = asyncio.create_task(process.wait(), name=f"exit of {self.name}")
         """Its exit status; negative: the signal that killed it."""
+        self._was_killed = False
         self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._output = asyncio.create_task(self._read_output(), name=f"output of {self.name}")
+
+    @property
+    def was_shot(self) -> bool:
+        """Whether a signal ended it that this process did not send; it must have exited."""
+        status = self.exited.result()
+        return (
+            status < 0
+            and not self._was_killed
+            and not (self.is_ending and status == -signal.SIGTERM)
+        )
 
     async def address(self) -> str:
         """Wait for the HOST:PORT that the child announces; it must have been started for that."""
@@ -53,6 +70,7 @@ class Child:
 
     def kill(self) -> None:
         """Kill it and whatever it has started."""
+        self._was_killed = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -82,16 +100,28 @@ class Supervisor:
         self._hurry = hurry
         self._stderr = stderr
         self._failed = asyncio.Event()
-        self.failure = ""
-        """Who ended first unasked, or with an error, and how."""
-        self.has_crashed = False
-        """Whether its exit status was none of an orderly end."""
+        self._failures: list[Child] = []
+        """In the order in which they ended."""
         self._watches: list[asyncio.Task[None]] = []
 
     @property
     def has_failed(self) -> bool:
         """Whether a child ended unasked, or with an error."""
         return self._failed.is_set()
+
+    @property
+    def has_crashed(self) -> bool:
+        """Whether the exit status of such a child was none of an orderly end."""
+        return any(child.exited.result() != 0 for child in self._failures)
+
+    @property
+    def failure(self) -> str:
+        """Who ended first unasked, or with an error, and how.
+
+        A child that a signal ended goes first: peers may notice its end before the system is done.
+        """
+        first = min(self._failures, key=lambda child: not child.was_shot)
+        return f"the {first.name} {describe_exit(first.exited.result())}"
 
     async def spawn(
         self, name: str, module: str, argv: Sequence[str], *, announces: bool = False
@@ -133,41 +163,70 @@ class Supervisor:
         raise PeerLostError(self.failure)
 
     async def end(self, children: Sequence[Child], *, timeout_s: float) -> None:
-        """End these children together; kill those that take longer than `timeout_s` seconds."""
+        """End these children together; kill those that take longer than `timeout_s` seconds.
+
+        Those that are stopped are killed soon: they cannot end, and others may wait for them.
+        """
         for child in children:
             child.end()
-        exits = {child.exited for child in children if not child.exited.done()}
-        if exits:
-            all_exited = asyncio.create_task(asyncio.wait(exits))
-            hurrying = asyncio.create_task(self._hurry.wait())
-            try:
-                await asyncio.wait(
-                    {all_exited, hurrying}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-                )
-            finally:
-                all_exited.cancel()
-                hurrying.cancel()
-                for child in children:
-                    if not child.exited.done():
-                        child.has_hung = not self._hurry.is_set()
-                        logger.warning("killing the %s, which did not end in time", child.name)
-                        child.kill()
-            await asyncio.wait(exits)
+        try:
+            await self._wait_for_exits(children, min(timeout_s, _FROZEN_TIMEOUT_S))
+            self._kill([child for child in _running(children) if is_stopped(child.pid)])
+            await self._wait_for_exits(children, timeout_s)
+        finally:
+            self._kill(_running(children))
         for child in children:
+            await child.exited
             await child.close()
+
+    def _kill(self, children: Sequence[Child]) -> None:
+        for child in children:
+            if not self._hurry.is_set():
+                child.was_frozen = is_stopped(child.pid)
+                child.is_late = not child.was_frozen
+                reason = "is stopped" if child.was_frozen else "did not end in time"
+                logger.warning("killing the %s, which %s", child.name, reason)
+            child.kill()
+
+    async def _wait_for_exits(self, children: Sequence[Child], timeout_s: float) -> None:
+        """Wait until all have exited or the time is up; not at all in a hurry."""
+        exits = {child.exited for child in _running(children)}
+        if not exits:
+            return
+        all_exited = asyncio.create_task(asyncio.wait(exits))
+        hurrying = asyncio.create_task(self._hurry.wait())
+        try:
+            await asyncio.wait(
+                {all_exited, hurrying}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            all_exited.cancel()
+            hurrying.cancel()
 
     def kill_all(self) -> None:
         """Kill every child that still runs, without waiting."""
-        for child in self.children:
-            if not child.exited.done():
-                child.kill()
+        for child in _running(self.children):
+            child.kill()
 
     async def _watch(self, child: Child) -> None:
         status = await child.exited
-        if (not child.is_ending or status > 0) and not self._failed.is_set():
-            self.failure = f"the {child.name} {describe_exit(status)}"
-            self.has_crashed = status != 0
+        if not child.is_ending or status > 0 or child.was_shot:
+            self._failures.append(child)
             self._failed.set()
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, by SIGSTOP or a debugger; False where that cannot be known."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    # The name before the state is in parentheses and may hold anything.
+    return stat.rpartition(")")[2].split()[0] in ("T", "t")
+
+
+def _running(children: Sequence[Child]) -> list[Child]:
+    return [child for child in children if not child.exited.done()]
 
 
 def describe_exit(status: int) -> str:

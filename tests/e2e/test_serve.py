@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -194,48 +193,6 @@ def test_other_layouts_give_the_same_tokens(folder: Path, flags: tuple[str, ...]
     model = reference_model(folder)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer == reference_decode(model, prompt, 10)[0]
-
-
-def test_a_killed_expert_worker_ends_the_server_with_a_sentence(folder: Path) -> None:
-    with serving(folder, "--expert-workers", "2") as server:
-        call = server.stub.Generate(request([1, 2, 3], 900), timeout=60)
-        next(call)
-        family = server.family()
-        victim = next(process for process in family if "janus_server.experts" in process.cmdline())
-        victim.kill()
-        with pytest.raises(grpc.RpcError) as raised:
-            list(call)
-        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
-        _, stderr = server.process.communicate(timeout=40)
-        assert server.process.returncode == 1
-        assert "was killed by SIGKILL" in stderr
-        assert "Traceback" not in stderr
-        assert psutil.wait_procs(family, timeout=10)[1] == []
-
-
-@pytest.mark.parametrize("is_hurried", [False, True])
-def test_a_worker_that_hangs_is_named_and_killed(folder: Path, is_hurried: bool) -> None:
-    with serving(folder, "--expert-workers", "2", "--comm-timeout-s", "1") as server:
-        call = server.stub.Generate(request([1, 2, 3], 900), timeout=60)
-        next(call)
-        family = server.family()
-        victim = next(process for process in family if "janus_server.experts" in process.cmdline())
-        other = next(process for process in family if "janus_server.attention" in process.cmdline())
-        victim.suspend()
-        with pytest.raises(grpc.RpcError):
-            list(call)
-        other.wait(20)
-        if is_hurried:  # that the rest is to end is no reason to call it an orderly end
-            server.process.terminate()
-        _, stderr = server.process.communicate(timeout=40)
-        assert server.process.returncode == 1, stderr
-        last = stderr.strip().splitlines()[-1]
-        assert last.startswith("janus: the ")
-        if not is_hurried:
-            assert last.endswith(
-                f"; what hung and was killed: the expert worker (pid {victim.pid})"
-            )
-        assert psutil.wait_procs(family, timeout=10)[1] == []
 
 
 @pytest.mark.parametrize(

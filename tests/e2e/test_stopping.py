@@ -1,18 +1,122 @@
 """The ways in which a running server is ended, and what its operator reads of each."""
 
+import re
 import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.conftest import CheckpointFactory
-from tests.fakes.serving import JANUS, START_S, STOP_S
+from tests.fakes.serving import JANUS, START_S, STOP_S, Served, request, serving
 
 pytestmark = pytest.mark.e2e
+
+SENTENCE = re.compile(r"[\d-]+ [\d:,]+ (WARNING|ERROR) \w+ janus_server\.[\w.]+: .+|janus: .+")
+"""A line that Janus wrote, not Python, gRPC or the C++ runtime."""
+
+
+@pytest.fixture(scope="module")
+def folder(make_checkpoint: CheckpointFactory) -> Path:
+    return make_checkpoint()
+
+
+@contextmanager
+def under_load(folder: Path) -> Iterator[tuple[Served, grpc.Call]]:
+    """A server with two expert workers in the middle of four requests, and one of them."""
+    flags = ("--expert-workers", "2", "--comm-timeout-s", "1", "--drain-timeout-s", "0.2")
+    with serving(folder, *flags) as server:
+        calls = [server.stub.Generate(request([1, 2, 3], 900), timeout=60) for _ in range(4)]
+        for call in calls:
+            next(call)
+        yield server, calls[0]
+
+
+def last_words(server: Served) -> tuple[int, str]:
+    """How the server ends on its own: its status, and the last line, each being a sentence."""
+    family = server.family()
+    _, stderr = server.process.communicate(timeout=STOP_S)
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    lines = stderr.splitlines()
+    assert [line for line in lines if not SENTENCE.fullmatch(line)] == []
+    return server.process.returncode, lines[-1] if lines else ""
+
+
+def member(server: Served, module: str) -> psutil.Process:
+    return next(
+        process for process in server.family() if f"janus_server.{module}" in process.cmdline()
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("controller", "controller"),
+        ("attention", "attention worker"),
+        ("experts", "expert worker"),
+        ("endpoint", "endpoint"),
+    ],
+)
+def test_a_killed_process_ends_the_server_with_a_sentence(
+    folder: Path, module: str, name: str
+) -> None:
+    with under_load(folder) as (server, call):
+        victim = member(server, module)
+        victim.kill()
+        with pytest.raises(grpc.RpcError) as raised:
+            list(call)
+        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert last_words(server) == (
+            1,
+            f"janus: the {name} (pid {victim.pid}) was killed by SIGKILL",
+        )
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("attention", "attention worker"), ("experts", "expert worker")]
+)
+def test_a_worker_that_is_stopped_is_named_and_killed(folder: Path, module: str, name: str) -> None:
+    with under_load(folder) as (server, _):
+        victim = member(server, module)
+        victim.suspend()
+        status, last = last_words(server)
+        assert (status, last.count(";")) == (1, 1)
+        killed = f"killed: the {name} (pid {victim.pid})"
+        assert last.endswith(f"; stopped by a signal or a debugger, and {killed}")
+
+
+def test_a_signal_after_a_failure_makes_no_orderly_end_of_it(folder: Path) -> None:
+    with under_load(folder) as (server, _):
+        other = member(server, "attention")
+        member(server, "experts").suspend()
+        other.wait(20)
+        server.process.terminate()
+        status, last = last_words(server)
+        assert status == 1
+        assert last.startswith("janus: the ")
+
+
+@pytest.mark.parametrize("delay_s", [0.5, 1, 2, 3])
+def test_a_start_that_is_ended_says_nothing(folder: Path, delay_s: float) -> None:
+    process = subprocess.Popen(
+        [JANUS, "serve", str(folder), "--listen", "127.0.0.1:0"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(delay_s)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    process.terminate()
+    _, stderr = process.communicate(timeout=STOP_S)
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    assert (process.returncode, stderr) in [(0, ""), (-signal.SIGTERM, "")]
 
 
 def wait_until_serving(address: str) -> None:
@@ -28,11 +132,11 @@ def wait_until_serving(address: str) -> None:
             time.sleep(0.1)
 
 
-def test_a_reader_that_leaves_ends_no_server(make_checkpoint: CheckpointFactory) -> None:
+def test_a_reader_that_leaves_ends_no_server(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     process = subprocess.Popen(
-        [JANUS, "serve", str(make_checkpoint()), "--listen", address],
+        [JANUS, "serve", str(folder), "--listen", address],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,12 +1,14 @@
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import AsyncIterator
 
 import psutil
 import pytest
 
 from janus_server.errors import PeerLostError
-from janus_server.supervisor import Supervisor, describe_exit
+from janus_server.supervisor import Supervisor, describe_exit, is_stopped
 
 DEADLINE_S = 60.0
 
@@ -16,6 +18,16 @@ import signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("listening stubborn", flush=True)
 {SLEEP}
+"""
+WAITER = """
+import os, signal, time
+def wait(number, frame):
+    while os.path.exists('/proc/{pid}'):
+        time.sleep(0.01)
+    os._exit(0)
+signal.signal(signal.SIGTERM, wait)
+print("listening waiter", flush=True)
+time.sleep(600)
 """
 
 
@@ -107,9 +119,52 @@ def test_a_child_that_ignores_the_request_is_killed() -> None:
             await child.address()
             await parent.end([child], timeout_s=0.1)
             assert await child.exited == -9
-            assert child.has_hung
+            assert child.is_late
+            assert not child.was_frozen
 
     asyncio.run(check())
+
+
+def test_who_waits_for_a_child_that_is_stopped_is_not_killed() -> None:
+    """The second child ends when the first has; the first cannot."""
+
+    async def check() -> None:
+        async with supervisor() as one:
+            frozen = await one.spawn("frozen", "timeit", statement(STUBBORN), announces=True)
+            waiter = await one.spawn(
+                "waiter", "timeit", statement(WAITER.format(pid=frozen.pid)), announces=True
+            )
+            await asyncio.gather(frozen.address(), waiter.address())
+            os.kill(frozen.pid, signal.SIGSTOP)
+            await one.end([frozen, waiter], timeout_s=1)
+            assert (await frozen.exited, await waiter.exited) == (-9, 0)
+            assert (frozen.was_frozen, waiter.was_frozen) == (True, False)
+            assert (frozen.is_late, waiter.is_late) == (False, False)
+            assert not one.has_failed
+
+    asyncio.run(check())
+
+
+def test_a_child_that_somebody_kills_is_named_even_if_a_peer_ended_sooner() -> None:
+    async def check() -> None:
+        async with supervisor() as one:
+            victim = await one.spawn("victim", "timeit", statement(STUBBORN), announces=True)
+            await victim.address()
+            await one.spawn("peer", "timeit", statement("import os; os._exit(1)"))
+            with pytest.raises(PeerLostError, match="the peer"):
+                await one.wait_for_failure()
+            ending = asyncio.create_task(one.end(one.children, timeout_s=DEADLINE_S))
+            await asyncio.sleep(0)
+            os.kill(victim.pid, signal.SIGKILL)
+            await ending
+            assert one.failure == f"the victim (pid {victim.pid}) was killed by SIGKILL"
+
+    asyncio.run(check())
+
+
+def test_a_process_that_runs_is_not_stopped() -> None:
+    assert not is_stopped(os.getpid())
+    assert not is_stopped(2**22 + 1)  # beyond the largest process id
 
 
 def test_hurry_cuts_the_wait_short() -> None:
@@ -123,7 +178,7 @@ def test_hurry_cuts_the_wait_short() -> None:
             hurry.set()
             await asyncio.wait_for(ending, DEADLINE_S)
             assert await child.exited == -9
-            assert not child.has_hung
+            assert not child.is_late
 
     asyncio.run(check())
 

@@ -22,7 +22,8 @@ _FINISH_REASONS = {
     FinishReason.ABORT: inference_pb2.FINISH_REASON_ABORT,
 }
 
-_Outbox = asyncio.Queue[worker_pb2.RunResponse]
+_Outbox = asyncio.Queue[worker_pb2.RunResponse | None]
+"""None: the stream ends."""
 
 
 class AttentionWorkerService(AttentionWorkerServiceServicer):
@@ -69,6 +70,11 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
                 progress = engine.progress
                 self._show_life(worker_pb2.RunResponse(load=engine.load()))
 
+    def close(self) -> None:
+        """End all streams, so that the server has none to cut off when it stops."""
+        for outbox in self._outboxes:
+            outbox.put_nowait(None)
+
     def _show_life(self, message: worker_pb2.RunResponse) -> None:
         for outbox in self._outboxes:
             if outbox.empty():  # what is in it shows as much, once it is read
@@ -90,10 +96,12 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
             while not commands.done():
                 message = asyncio.create_task(outbox.get())
                 await asyncio.wait({message, commands}, return_when=asyncio.FIRST_COMPLETED)
-                if message.done():
-                    yield message.result()
-                else:
+                if not message.done():
                     message.cancel()
+                elif (response := message.result()) is None:
+                    return
+                else:
+                    yield response
         finally:
             commands.cancel()
             self._outboxes.discard(outbox)

@@ -35,6 +35,7 @@ from janus_server.process import announce
 logger = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 5.0
+_STREAM_GRACE_S = 1.0
 
 PoolFactory = Callable[[control_pb2.Epoch, str], ExpertPool]
 """(epoch, own worker id) -> the expert workers; blocks until they are met."""
@@ -94,7 +95,8 @@ async def serve(
             control=control,
         )
     finally:
-        await server.stop(0)
+        service.close()
+        await server.stop(_STREAM_GRACE_S)
         await control.close()
 
 

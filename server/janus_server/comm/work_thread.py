@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from janus_server.errors import PeerLostError, StuckThreadError
+from janus_server.errors import PeerLostError
 
 T = TypeVar("T")
 
@@ -37,15 +37,17 @@ class WorkThread(Generic[T]):
     async def end(self, *, grace_s: float, abandon: Callable[[], None]) -> None:
         """Wait for the end of work that was told to stop; raises what the work raises.
 
-        After `grace_s` seconds `abandon` is called, which should make it raise: then PeerLostError
-        is raised, and StuckThreadError where the work goes on even so.
+        After `grace_s` seconds `abandon` is called, which should make it raise; PeerLostError is
+        raised then, and also where the work goes on even so.
         """
         done, _ = await asyncio.wait([self._done], timeout=grace_s)
         if not done:
             abandon()
             done, _ = await asyncio.wait([self._done], timeout=_ABANDON_GRACE_S)
             sentence = f"{self._name} did not end within {grace_s:g} s of the request to stop"
-            raise PeerLostError(sentence) if done else StuckThreadError(sentence)
+            raise PeerLostError(
+                sentence if done else f"{sentence}, nor when its peers were given up"
+            )
         self._done.result()
 
     def _run(self, work: Callable[[], T]) -> None:

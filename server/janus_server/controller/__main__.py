@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import socket
-import sys
 
 from janus_proto.v1.control_pb2_grpc import add_ControlServiceServicer_to_server
 from janus_server import process
@@ -75,4 +74,4 @@ def _open_store(host: str) -> tuple[object, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(process.run("controller", ControllerConfig, main))
+    process.run("controller", ControllerConfig, main)

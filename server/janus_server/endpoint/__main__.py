@@ -1,7 +1,6 @@
 """Start the endpoint: `python -m janus_server.endpoint`."""
 
 import asyncio
-import sys
 
 from janus_proto.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from janus_server.comm.control_client import ControlClient
@@ -66,4 +65,4 @@ async def _publish_readiness(server: RunningServer, pool: WorkerPool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("endpoint", EndpointConfig, main))
+    run("endpoint", EndpointConfig, main)

@@ -28,7 +28,7 @@ class WorkerLink:
         """As of its last message; None while there is no connection."""
         self._address = worker.address
         self._streams: dict[str, RequestStream] = {}
-        self._commands: asyncio.Queue[worker_pb2.RunRequest] = asyncio.Queue()
+        self._commands: asyncio.Queue[worker_pb2.RunRequest | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._run(), name=f"link to {self.worker_id}")
 
     @property
@@ -75,6 +75,8 @@ class WorkerLink:
                 for stream in self._streams.values():
                     stream.fail(UnavailableError(f"attention worker {self.worker_id} was lost"))
                 self._streams.clear()
+                # Ends what sends commands: gRPC would let it wait for more after the stream's end.
+                self._commands.put_nowait(None)
                 # Commands for the lost stream mean nothing to the next one.
                 self._commands = asyncio.Queue()
             logger.warning("lost attention worker %s: %s", self.worker_id, reason)
@@ -95,10 +97,10 @@ class WorkerLink:
                 stream.put(output)
 
     async def _outgoing(
-        self, commands: asyncio.Queue[worker_pb2.RunRequest]
+        self, commands: asyncio.Queue[worker_pb2.RunRequest | None]
     ) -> AsyncIterator[worker_pb2.RunRequest]:
-        while True:
-            yield await commands.get()
+        while (command := await commands.get()) is not None:
+            yield command
 
 
 class WorkerPool:

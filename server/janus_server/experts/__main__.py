@@ -1,10 +1,8 @@
 """Start an expert worker: `python -m janus_server.experts`."""
 
-import sys
-
 from janus_server.experts.config import ExpertConfig
 from janus_server.experts.worker import main
 from janus_server.process import run
 
 if __name__ == "__main__":
-    sys.exit(run("experts", ExpertConfig, main))
+    run("experts", ExpertConfig, main)

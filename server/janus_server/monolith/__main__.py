@@ -1,10 +1,8 @@
 """Start a monolithic worker: `python -m janus_server.monolith`."""
 
-import sys
-
 from janus_server.monolith.config import MonolithConfig
 from janus_server.monolith.worker import main
 from janus_server.process import run
 
 if __name__ == "__main__":
-    sys.exit(run("monolith", MonolithConfig, main))
+    run("monolith", MonolithConfig, main)

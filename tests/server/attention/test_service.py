@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
 import grpc.aio
 import pytest
 
@@ -34,7 +35,7 @@ def folder(make_checkpoint: CheckpointFactory) -> Path:
 
 @contextlib.asynccontextmanager
 async def running_service(folder: Path) -> AsyncIterator[AttentionWorkerServiceStub]:
-    """A service whose engine cannot compute POISONED_TOKEN."""
+    """A service whose engine cannot compute POISONED_TOKEN; it closes in order."""
     service = AttentionWorkerService()
     server = await start_server(
         lambda grpc_server: add_AttentionWorkerServiceServicer_to_server(service, grpc_server),
@@ -104,18 +105,39 @@ def test_an_idle_worker_shows_life(folder: Path) -> None:
     asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
 
 
+class IdleEngine:
+    progress = 7
+
+    def load(self) -> worker_pb2.EngineLoad:
+        return worker_pb2.EngineLoad(num_blocks=3)
+
+
+def test_close_ends_the_streams_in_order() -> None:
+    async def check() -> None:
+        service = AttentionWorkerService()
+        service.engine = IdleEngine()  # type: ignore[assignment]
+        server = await start_server(
+            lambda grpc_server: add_AttentionWorkerServiceServicer_to_server(service, grpc_server),
+            [],
+            "127.0.0.1:0",
+        )
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            call = AttentionWorkerServiceStub(channel).Run()
+            assert (await call.read()).load.num_blocks == 3
+            service.close()
+            assert await call.read() == grpc.aio.EOF
+            assert await call.code() == grpc.StatusCode.OK
+        await server.stop(0)
+
+    asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
+
+
 def test_a_worker_that_hangs_falls_silent() -> None:
-    class Hanging:
-        progress = 7
-
-        def load(self) -> worker_pb2.EngineLoad:
-            return worker_pb2.EngineLoad()
-
     async def check() -> None:
         service = AttentionWorkerService()
         outbox: asyncio.Queue[worker_pb2.RunResponse] = asyncio.Queue()
         service._outboxes.add(outbox)
-        engine = Hanging()
+        engine = IdleEngine()
         watching = asyncio.create_task(service.watch(engine, 0.01))  # type: ignore[arg-type]
         await outbox.get()
         await asyncio.sleep(0.1)

@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 from pathlib import Path
 
@@ -43,6 +44,22 @@ def test_a_broken_stream_fails_its_requests_and_is_made_again(tmp_path: Path) ->
             await check_that_it_serves(endpoint)
             # The new stream knows nothing of the requests of the old one.
             assert endpoint.worker.aborts.empty()
+
+    within_deadline(check())
+
+
+def test_nothing_waits_for_the_commands_of_a_lost_stream(tmp_path: Path) -> None:
+    def senders() -> int:
+        return sum("consume_request_iterator" in repr(task) for task in asyncio.all_tasks())
+
+    async def check() -> None:
+        async with running_endpoint(tmp_path) as endpoint:
+            await begin(endpoint)
+            assert senders() == 1
+            endpoint.worker.break_stream()
+            await until(lambda: not endpoint.pool.is_ready)
+            await until(lambda: endpoint.pool.is_ready)
+            assert senders() == 1
 
     within_deadline(check())
 

@@ -1,6 +1,6 @@
 """The `janus` command: finds its sub-commands by name, runs one, turns errors into sentences.
 
-Whatever takes time to import is imported by `main` or below it, which knows what Ctrl-C means.
+Modules that take time to import are imported inside `main`, where Ctrl-C is handled.
 """
 
 from __future__ import annotations

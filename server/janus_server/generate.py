@@ -24,7 +24,7 @@ class GenerateConfig:
     """Generate text from a prompt on a running Janus endpoint.
 
     Streams the text to standard output; with --json prints one JSON object at the end instead:
-    text, token_ids, finish_reason, usage, and logprobs where asked for.
+    text, token_ids, finish_reason, usage, and logprobs if asked for.
     """
 
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = ""
@@ -49,7 +49,7 @@ class GenerateConfig:
     """Choose among the most likely tokens that together reach this probability."""
 
     min_p: Annotated[float, Between(0, 1)] = 0.0
-    """Leave out tokens less likely than this share of the most likely one."""
+    """Leave out tokens less likely than min_p times the most likely token."""
 
     seed: Annotated[int | None, Between(0, MAX_SEED)] = None
     """The same seed and prompt give the same text; none: random."""
@@ -64,7 +64,7 @@ class GenerateConfig:
     """Go on past the model's own end of text."""
 
     logprobs: Annotated[int | None, Between(0, MAX_LOGPROBS)] = None
-    """With --json: log-probabilities of each token and of so many most likely ones."""
+    """With --json: log-probabilities of each token and of this many most likely tokens."""
 
     timeout_s: Seconds = 600.0
     """Longest wait for the whole answer, in seconds."""
@@ -90,7 +90,7 @@ def command(argv: Sequence[str]) -> int:
         except grpc.RpcError as error:
             raise _sentence(error, config) from None
         finally:
-            call.cancel()  # after Ctrl-C the server must not go on
+            call.cancel()  # so that the server does not go on after Ctrl-C
     return 0
 
 
@@ -100,7 +100,7 @@ def _request(config: GenerateConfig) -> inference_pb2.GenerateRequest:
     try:
         request = _message(config)
     except ValueError as error:
-        # Protobuf's: a number beyond its field, or a text that is not Unicode.
+        # From protobuf: a number beyond its field, or a text that is not Unicode.
         raise ConfigError(f"the request cannot be sent: {error}") from None
     if request.ByteSize() > MAX_MESSAGE_BYTES:
         raise ConfigError(
@@ -134,7 +134,7 @@ def _message(config: GenerateConfig) -> inference_pb2.GenerateRequest:
 
 def _parse_ids(text: str) -> list[int]:
     try:
-        return [int(one) for one in text.split(",")]
+        return [int(token_id) for token_id in text.split(",")]
     except ValueError:
         raise ConfigError(
             f"--prompt-ids must be whole numbers with commas between, like 12,7,99, not {text!r}"
@@ -152,10 +152,10 @@ def _collect(call: Any) -> dict[str, Any]:
         token_ids += response.token_ids
         logprobs += [
             {
-                "logprob": one.logprob,
-                "top": dict(zip(one.top_ids, one.top_logprobs, strict=True)),
+                "logprob": token.logprob,
+                "top": dict(zip(token.top_ids, token.top_logprobs, strict=True)),
             }
-            for one in response.logprobs
+            for token in response.logprobs
         ]
         last = response
     reason = inference_pb2.FinishReason.Name(last.finish_reason)
@@ -179,7 +179,7 @@ def _sentence(error: grpc.RpcError, config: GenerateConfig) -> Exception:
         return InvalidRequestError(details)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError(f"no whole answer within {config.timeout_s:g} s")
-    # gRPC's own words: nothing listens there, or the name has no address.
+    # gRPC itself says so if nothing listens there, or the name has no address.
     if code is grpc.StatusCode.UNAVAILABLE and re.search("connect|resol", details.lower()):
         return UnavailableError(f"no Janus endpoint answers at {config.endpoint}")
     return UnavailableError(details or f"the call ended with {code.name}")

@@ -1,10 +1,10 @@
-"""What an attention worker and an expert worker say to each other within a step.
+"""What an attention worker and an expert worker exchange within a step.
 
 Attention side, for every MoE layer and lane: `dispatch` sends the hidden states of the lane's
 tokens to every expert worker and returns a handle; `combine` takes that handle and returns, per
-token, the sum of what the experts made of it. Both sides walk layers, and lanes within a layer, in
-ascending order; the token counts of all participants and lanes are known to the expert workers from
-the step's announcement, before its first layer.
+token, the sum of the experts' outputs. Both sides go through layers, and lanes within a layer, in
+ascending order. The expert workers know the token counts of all participants and lanes before the
+first layer, from the announcement of the step.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ from typing import Protocol
 import torch
 
 PartialFfn = Callable[[int, torch.Tensor], torch.Tensor]
-"""(layer, hidden_TH) -> partial_TH: one expert worker's share of an MoE layer, dtype of hidden."""
+"""(layer, hidden_TH) -> partial_TH: an expert worker's share of an MoE layer, dtype of hidden."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchHandle:
-    """A dispatch on its way; `combine` consumes it, once."""
+    """A dispatch under way; `combine` consumes it, once."""
 
     layer: int
     lane: int
@@ -35,9 +35,9 @@ class PendingTransfer(Protocol):
     """A transfer under way, like torch.distributed's Work."""
 
     def wait(self, timeout: timedelta = ..., /) -> bool:
-        """Block until it is done; raises RuntimeError where the peer is gone or too late.
+        """Block until it is done; raises RuntimeError if the peer is gone or too late.
 
-        The deadline is the group's unless given, and counts from here.
+        The deadline is the group's unless one is given; its time starts with this call.
         """
         ...
 
@@ -58,7 +58,7 @@ class ExpertPool(Protocol):
         ...
 
     def idle(self) -> None:
-        """Announce that there is no work for now; repeated as a sign of life while idle."""
+        """Announce that there is no work for now; idle workers repeat it as a sign of life."""
         ...
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class ExpertPool(Protocol):
         ...
 
     def abandon(self) -> None:
-        """Let go at once, from any thread: whoever waits for a peer raises PeerLostError."""
+        """Let go at once, from any thread: a thread that waits for a peer raises PeerLostError."""
         ...
 
 

@@ -1,15 +1,15 @@
 """The gloo transport: processes of one or several hosts, over TCP, through torch.distributed.
 
 An epoch's group is a process-group object of its own, built from the epoch's key prefix in the
-store; no global group exists, so that the next epoch needs no restart and late data of this one can
-reach nobody. Ranks: attention workers first, then expert workers. Tag 0 carries announcements and
-the starts of steps; the tags above it the hidden states and partial results of (layer, lane).
-Receives are posted before the data can come: gloo then saves a round trip.
+store. There is no global group: so the next epoch needs no restart, and late data of this epoch
+cannot reach it. Ranks: attention workers first, then expert workers. Tag 0 carries announcements
+and the starts of steps; each (layer, lane) has a tag above it for hidden states and partial
+results. Receives are posted before the data can come: gloo then saves a round trip.
 
 Invariant: the deadline bounds the silence of a peer, never the length of a step. Within a step it
-bounds each wait for data. An attention worker that has announced work is not expected to announce
-anything before that step is over; until the step starts, behind one of others, the first expert
-worker gives it signs of life. Idle attention workers give theirs all the time.
+bounds each wait for data. An attention worker that has announced a step need not announce anything
+before that step is over. Until the step starts, which a step of others may delay, the first expert
+worker sends it signs of life. Idle attention workers send signs of life all the time.
 """
 
 import queue
@@ -37,6 +37,7 @@ _CONTROL_TAG = 0
 _LISTENER_GRACE_S = 1.0
 """How long listeners may take to notice the end, in seconds."""
 _ANNOUNCEMENT_WORDS = 2 + MAX_LANES
+"""The kind of announcement, the number of lanes, and the tokens of each lane."""
 _SIGN_OF_LIFE = torch.tensor([int(Announcement.IDLE)])
 _STEP_STARTS = torch.tensor([int(Announcement.WORK)])
 
@@ -54,18 +55,18 @@ class GlooExpertPool:
         self._start_word = torch.zeros_like(_STEP_STARTS)
 
     def begin_step(self, lane_tokens: Sequence[int]) -> None:
-        """Announce a step; travels while the first layer's attention is computed."""
+        """Announce a step; the message travels while the first layer's attention is computed."""
         self._announce(Announcement.WORK, lane_tokens)
         self._start = self._post_start()
 
     def dispatch(self, layer: int, lane: int, hidden_TH: torch.Tensor) -> DispatchHandle:
-        """Send to every expert worker and post the receives of their answers."""
+        """Send to every expert worker, and post the receives of their answers."""
         tag = _data_tag(layer, lane)
         sent_TH = hidden_TH.to("cpu").contiguous()
         partials_WTH = sent_TH.new_empty(len(self._experts), *sent_TH.shape)
         with peer_errors("while dispatching"):
             pending = [self._group.send([sent_TH], rank, tag) for rank in self._experts]
-            # Posted while the experts compute.
+            # Posted now, while the experts compute, rather than in `combine`.
             pending += [
                 self._group.recv([partial_TH], rank, tag)
                 for partial_TH, rank in zip(partials_WTH, self._experts, strict=True)
@@ -87,12 +88,12 @@ class GlooExpertPool:
         self._announce(Announcement.IDLE)
 
     def close(self) -> None:
-        """Announce the end and wait until it is heard."""
+        """Announce the end, and wait until the first expert worker has heard it."""
         self._announce(Announcement.CLOSE)
         self._await_announcement()
 
     def abandon(self) -> None:
-        """Let go of all peers at once, from any thread: whoever waits raises PeerLostError."""
+        """Let go of all peers at once, from any thread: waiting threads raise PeerLostError."""
         close_group(self._group, peer=self._experts[0])
 
     def _post_start(self) -> PendingTransfer:
@@ -100,7 +101,7 @@ class GlooExpertPool:
             return self._group.recv([self._start_word], self._experts[0], _CONTROL_TAG)
 
     def _await_start(self) -> None:
-        """Wait for the announced step to start, as long as the first expert worker gives signs."""
+        """Wait for the announced step to start, as long as signs of life come meanwhile."""
         while self._start is not None:
             with peer_errors("while waiting for a step to start"):
                 self._start.wait()
@@ -108,7 +109,7 @@ class GlooExpertPool:
             self._start = None if has_started else self._post_start()
 
     def _announce(self, kind: Announcement, lane_tokens: Sequence[int] = ()) -> None:
-        self._await_start()  # a step without MoE layers has not waited for it
+        self._await_start()  # a step without MoE layers has not waited for its start yet
         self._await_announcement()
         self._words[0], self._words[1] = kind, len(lane_tokens)
         for lane, tokens in enumerate(lane_tokens):
@@ -127,7 +128,7 @@ class GlooAttentionPool:
     """Expert side: the attention workers of the epoch, and the order of steps.
 
     The first expert worker collects announcements, passes the layout of each step on to the other
-    expert workers, and tells its participants that it starts.
+    expert workers, and tells the participants that the step starts.
     """
 
     def __init__(
@@ -148,11 +149,11 @@ class GlooAttentionPool:
         self._sequencer = StepSequencer(range(config.num_attention))
         self._heard: queue.SimpleQueue[tuple[int, list[int]] | PeerLostError] = queue.SimpleQueue()
         self._waiting: set[int] = set()
-        """Attention workers whose announced step has not started."""
+        """Attention workers whose announced step has not started; read by listeners, too."""
         self._waiting_lock = threading.Lock()
         listened = range(config.num_attention if self._leads else 0)
         self._step_over = {rank: threading.Event() for rank in listened}
-        """For each attention worker: of the step that it announced last."""
+        """For each attention worker: set when the step that it announced last is over."""
         self._listeners = [
             threading.Thread(target=self._listen, args=(rank,), name=f"listen-{rank}", daemon=True)
             for rank in listened
@@ -163,7 +164,7 @@ class GlooAttentionPool:
     def serve(self, ffn: PartialFfn, layers: Sequence[int]) -> None:
         """Run steps over the MoE `layers` until every attention worker has closed.
 
-        Raises PeerLostError where one dies or stays silent past the deadline.
+        Raises PeerLostError if an attention worker dies or stays silent past the deadline.
         """
         try:
             while (layout := self._next_step()) is not None:
@@ -173,7 +174,8 @@ class GlooAttentionPool:
         except GroupClosedError as error:
             raise self._why_closed(error) from error
         finally:
-            # Nobody needs the group any more; a thread still inside gloo would abort our exit.
+            # The group is not needed any more, and a thread that is still inside gloo when the
+            # process exits would abort it.
             self.abandon()
             for listener in self._listeners:
                 listener.join(_LISTENER_GRACE_S)
@@ -201,9 +203,9 @@ class GlooAttentionPool:
             if layout.tokens_of(lane)
         ]
         starts = self._tell_participants(layout)
-        # One receive ahead in each lane: an attention worker has at most that many on their way.
+        # One receive ahead in each lane: an attention worker sends no more before it is answered.
         posted = deque(self._post(layout, *unit) for unit in units[: layout.num_lanes])
-        # Answers on their way; their tensors are kept while gloo reads from them.
+        # Answers under way; their tensors are kept while gloo reads from them.
         sent: deque[tuple[PendingTransfer, torch.Tensor]] = deque()
         for index, (layer, lane) in enumerate(units):
             hidden_TH, arrivals = posted.popleft()
@@ -217,7 +219,7 @@ class GlooAttentionPool:
                 for (rank, _), part_TH in zip(participants, parts, strict=True):
                     transfer = self._group.send([part_TH], rank, _data_tag(layer, lane))
                     sent.append((transfer, part_TH))
-            # After the answer, for which the attention worker waits before it sends more.
+            # After the answer, because the attention worker waits for that before it sends more.
             if index + layout.num_lanes < len(units):
                 posted.append(self._post(layout, *units[index + layout.num_lanes]))
             with peer_errors(f"while answering layer {layer}"):
@@ -230,7 +232,7 @@ class GlooAttentionPool:
     def _tell_participants(self, layout: StepLayout) -> list[PendingTransfer]:
         if not self._leads:
             return []
-        with self._waiting_lock:  # no sign of life comes after the start
+        with self._waiting_lock:  # so that no sign of life can follow the start
             self._waiting -= set(layout.lane_tokens)
         with peer_errors("while starting a step"):
             return [
@@ -258,7 +260,8 @@ class GlooAttentionPool:
             if self._sequencer.closed:
                 self._lead(Announcement.CLOSE)
                 return None
-            # The listeners have the deadline: whenever no step can start, somebody is awaited.
+            # No deadline here: whenever no step can start, a listener waits for a peer with a
+            # deadline, and puts into the queue that it passed.
             heard = self._heard.get()
             if isinstance(heard, PeerLostError):
                 raise heard
@@ -287,12 +290,12 @@ class GlooAttentionPool:
                         self._waiting.add(rank)
                 self._heard.put((rank, words.tolist()))
         except GroupClosedError:
-            return  # whoever closed it has said why
+            return  # the thread that closed the group has said why
         except PeerLostError as error:
             self._heard.put(error)
 
     def _await_step_end(self, rank: int) -> None:
-        """Wait until the step that it announced is over; give it signs of life until it starts."""
+        """Wait until the step that it announced is over; send signs of life until it starts."""
         signs: list[PendingTransfer] = []  # kept: a transfer that is dropped is not sent
         while not self._step_over[rank].wait(self._config.sign_of_life_s):
             with self._waiting_lock:
@@ -300,7 +303,10 @@ class GlooAttentionPool:
                     signs.append(self._group.send([_SIGN_OF_LIFE], rank, _CONTROL_TAG))
 
     def _lead(self, kind: Announcement, layout: StepLayout | None = None) -> None:
-        """Pass on what happens next: [kind, then lanes and tokens of each attention worker]."""
+        """Tell the other expert workers what comes next.
+
+        [kind, then for each attention worker its number of lanes and the tokens of each lane].
+        """
         words = torch.zeros(1 + self._config.num_attention * (1 + MAX_LANES), dtype=torch.int64)
         words[0] = kind
         table = words[1:].view(self._config.num_attention, 1 + MAX_LANES)
@@ -316,7 +322,8 @@ class GlooAttentionPool:
     def _follow(self) -> StepLayout | None:
         words = torch.zeros(1 + self._config.num_attention * (1 + MAX_LANES), dtype=torch.int64)
         kind = Announcement.IDLE
-        # The first worker may finish its layer and then wait in turn, and says who was silent.
+        # Twice the deadline: the first expert worker may finish its layer and then wait for a
+        # silent peer. It must give up before this worker, as it knows which peer was silent.
         deadline = timedelta(seconds=2 * self._config.timeout_s)
         while kind is Announcement.IDLE:
             with peer_errors("while waiting for the first expert worker to start a step"):

@@ -8,13 +8,13 @@ from janus_server.comm.base import DispatchHandle, PartialFfn, sum_partials
 
 
 class LocalExpertPool:
-    """Calls every expert worker's share directly, one after the other."""
+    """Computes the expert workers' shares by direct calls, one after another."""
 
     def __init__(self, workers: Sequence[PartialFfn]) -> None:
         self._workers = workers
 
     def begin_step(self, lane_tokens: Sequence[int]) -> None:
-        """Nothing to announce: the experts see the tokens when they come."""
+        """Do nothing: experts in this process need no announcement."""
 
     def dispatch(self, layer: int, lane: int, hidden_TH: torch.Tensor) -> DispatchHandle:
         """Compute every worker's share at once."""
@@ -32,10 +32,10 @@ class LocalExpertPool:
         return sum_partials(handle.partials_WTH)
 
     def idle(self) -> None:
-        """Nobody waits for a sign of life."""
+        """Do nothing: no process waits for a sign of life."""
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: there are no peers."""
 
     def abandon(self) -> None:
-        """Nobody waits."""
+        """Do nothing: no thread waits for a peer."""

@@ -1,9 +1,9 @@
 """Which attention workers take part in the next step. Pure; run by the first expert worker.
 
 Attention workers announce work (token counts per lane), idleness or their end. A step starts as
-soon as somebody has work and every participant of the step before has announced something again: so
-busy workers stay in one rhythm, and idle ones cost nothing. A worker that gets work joins at the
-next step boundary.
+soon as a worker has work and every participant of the step before has announced something again. So
+busy workers keep step with each other, and idle workers cost nothing. A worker that gets work joins
+at the next step boundary.
 """
 
 import enum
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 class Announcement(enum.IntEnum):
-    """What an attention worker may say between steps; the numbers travel."""
+    """What an attention worker may say between steps; the numbers are sent over the network."""
 
     WORK = 0
     IDLE = 1
@@ -28,7 +28,7 @@ class StepLayout:
 
     @property
     def num_lanes(self) -> int:
-        """Of the participant that has most."""
+        """Lanes of the participant that has most."""
         return max(len(tokens) for tokens in self.lane_tokens.values())
 
     def tokens_of(self, lane: int) -> list[tuple[int, int]]:
@@ -55,11 +55,11 @@ class StepSequencer:
 
     @property
     def awaited(self) -> frozenset[int]:
-        """Participants of the step before that have not yet said how they go on."""
+        """Participants of the last step that have announced nothing since."""
         return frozenset(self._awaited)
 
     def offer(self, rank: int, kind: Announcement, lane_tokens: Sequence[int] = ()) -> None:
-        """Take note of one announcement."""
+        """Take in an announcement."""
         assert rank in self._open, f"rank {rank} announced something after its end"
         self._awaited.discard(rank)
         if kind is Announcement.WORK:

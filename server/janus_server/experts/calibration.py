@@ -1,8 +1,8 @@
-"""Measure what the `auto` schedule weighs: reading an expert's weights against computing a pair.
+"""Measure what the `auto` schedule weighs: the time to read an expert, and to compute a pair.
 
-An expert FFN takes a constant, a time for each activated expert (beta) and a time for each
-token-expert pair (gamma), hence three probes. Every repetition uses other weights, because the
-layers of a model push each other out of the caches.
+An expert FFN takes a constant time, a time for each activated expert (beta) and a time for each
+token-expert pair (gamma): three unknowns, hence three probes. Every repetition uses other weights,
+because in a model the layers push each other's weights out of the caches.
 """
 
 import statistics
@@ -17,15 +17,18 @@ from janus_scheduler.activation import MAX_COST_PS, ActivationCosts
 from janus_scheduler.model_spec import ModelSpec
 
 _MAX_EXPERTS = 8
+"""Experts of the largest probe of reading."""
 _MAX_BYTES = 512 * 2**20
-"""Of all weights that are made up for the measurement."""
+"""Limit of a set of made-up weights: it has fewer experts if they are large."""
 _CACHE_BYTES = 64 * 2**20
-"""Weights read between two uses of the same ones, where that many are needed to be cold."""
+"""Weights to read before the same ones are read again, so that no cache holds them any more."""
 _MAX_SETS = 16
+"""Sets of weights, at most."""
 _PROBE_FLOP = 2e9
 """Floating-point operations of the largest probe: a fraction of a second on a core."""
 _MIN_TOKENS, _MAX_TOKENS = 16, 128
 _REPEATS = 7
+"""Timings of a probe, of which the median counts."""
 
 
 def measure_costs(
@@ -68,12 +71,13 @@ def measure_costs(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(clock() - start)
-        return statistics.median(times[1:])
+        return statistics.median(times[1:])  # the first call may compile or allocate
 
     with torch.inference_mode():
-        one, experts, tokens = probe(1, 1), probe(num_experts, 1), probe(1, most_tokens)
-    pair_s = (tokens - one) / (most_tokens - 1)
-    expert_s = (experts - one) / (num_experts - 1) - pair_s
+        least, experts, tokens = probe(1, 1), probe(num_experts, 1), probe(1, most_tokens)
+    pair_s = (tokens - least) / (most_tokens - 1)
+    # Each further expert of that probe comes with a pair of its own.
+    expert_s = (experts - least) / (num_experts - 1) - pair_s
     return ActivationCosts(expert_ps=_cost_ps(expert_s), pair_ps=_cost_ps(pair_s))
 
 

@@ -1,4 +1,4 @@
-"""Compute one expert worker's share of an MoE layer."""
+"""Compute an expert worker's share of an MoE layer."""
 
 import logging
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCounts:
-    """What one layer has computed since the start, over all expert workers."""
+    """What a layer has computed since the start, over all expert workers."""
 
     num_steps: int
     """Batches."""
@@ -39,7 +39,7 @@ class ExpertRunner:
     """Gate, activation schedule and expert FFN of the slots that worker number `worker` holds.
 
     Every expert worker sees all tokens of the step and computes the same gate and the same schedule
-    from the same input, so that all agree on who computes what without a message.
+    from the same input, so that all agree without a message on which worker computes what.
     """
 
     def __init__(
@@ -55,18 +55,18 @@ class ExpertRunner:
         self._worker = worker
         self._policy = Policy[scheduling.policy.upper()]
         self._costs_ps = (scheduling.costs.expert_ps, scheduling.costs.pair_ps)
-        # One addition a layer and step, without a word to the host.
+        # Summed on the device, so that a step need not wait for it.
         self._sums = {layer: zero_counts(weights.replicas) for layer, weights in layers.items()}
+        # Compiled now rather than while the first request waits; one layer is enough for all.
         for layer, weights in list(layers.items())[:1]:
-            # Compiled now rather than while the first request waits.
             ids_TK = torch.arange(spec.top_k, device=weights.replicas.slots_ER.device)[None]
             self._schedule(layer, ids_TK)
 
     def partial(self, layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:
         """Weighted sum of this worker's experts for each token, [T, H] in the dtype of hidden.
 
-        Where it fails the rows are NaN: the requests of these tokens then end at their attention
-        workers, and nobody is left waiting for an answer.
+        If it fails, the rows are NaN: the attention workers get their answer and end the requests
+        of these tokens.
         """
         try:
             return self._partial(layer, hidden_TH)

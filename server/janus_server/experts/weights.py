@@ -1,4 +1,4 @@
-"""The weights that one expert worker holds: every gate, and the experts of its slots."""
+"""The weights that an expert worker holds: every gate, and the experts of its slots."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class ExpertLayerWeights:
     gate_up_CHF: tuple[torch.Tensor, ...]
     """Per slot, packed: gate rows, then up rows; an empty slot has an empty tensor."""
     down_CFH: tuple[torch.Tensor, ...]
-    """Per slot, packed, alike."""
+    """Per slot, packed; an empty slot has an empty tensor."""
     replicas: ReplicaTable
     """Where each expert can be computed, on any worker."""
 

@@ -28,11 +28,11 @@ from janus_server.model.weights import WeightReader, device_of, dtype_of
 logger = logging.getLogger(__name__)
 
 _CLOSE_GRACE_S = 10.0
-"""How long the attention workers may take to close after this worker was told to stop."""
+"""Time that attention workers have to close once this worker was told to stop, in seconds."""
 
 
 async def main(config: ExpertConfig, stop: asyncio.Event) -> None:
-    """Serve as an expert worker until the attention workers close, or `stop` and a grace."""
+    """Serve until the attention workers close, or until `stop` is set and a grace is over."""
     use_cpu(config.threads)
     checkpoint = Checkpoint.open(config.model.checkpoint)
     control = ControlClient(config.controller)
@@ -76,7 +76,7 @@ async def _serve_epoch(
     try:
         await steps.result()
     except asyncio.CancelledError:
-        # The attention workers say when no step follows: leaving earlier would cut one short.
+        # The attention workers announce when no step follows; leaving earlier would break a step.
         await steps.end(grace_s=_CLOSE_GRACE_S, abandon=pool.abandon)
         raise
 
@@ -121,17 +121,19 @@ def expert_load(runner: ExpertRunner) -> control_pb2.ExpertLoad:
     """What a heartbeat reports."""
     counts = runner.counts()
     return control_pb2.ExpertLoad(
-        num_layer_steps=sum(one.num_steps for one in counts.values()),
-        num_activated_experts=sum(one.experts_W[runner.worker] for one in counts.values()),
-        num_token_pairs=sum(one.tokens_W[runner.worker] for one in counts.values()),
+        num_layer_steps=sum(of_layer.num_steps for of_layer in counts.values()),
+        num_activated_experts=sum(
+            of_layer.experts_W[runner.worker] for of_layer in counts.values()
+        ),
+        num_token_pairs=sum(of_layer.tokens_W[runner.worker] for of_layer in counts.values()),
         layers=[
             control_pb2.LayerLoad(
                 layer=layer,
-                num_steps=one.num_steps,
-                sum_a_max=one.sum_a_max,
-                num_activated_experts=sum(one.experts_W),
-                expert_tokens=one.tokens_E,
+                num_steps=of_layer.num_steps,
+                sum_a_max=of_layer.sum_a_max,
+                num_activated_experts=sum(of_layer.experts_W),
+                expert_tokens=of_layer.tokens_E,
             )
-            for layer, one in counts.items()
+            for layer, of_layer in counts.items()
         ],
     )

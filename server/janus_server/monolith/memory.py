@@ -12,7 +12,7 @@ from janus_server.model.memory import MemoryNeeds
 def monolith_needs(
     checkpoint: Checkpoint, engine: EngineConfig, model: ModelConfig, placement: Placement
 ) -> MemoryNeeds:
-    """What a monolithic worker needs, with the KV cache that `engine` names; 0: without."""
+    """What a monolithic worker needs, with the KV cache that `engine` names (0: without any)."""
     num_shares = placement.num_workers
     attention = attention_needs(checkpoint, engine, model, num_expert_workers=num_shares)
     experts = [
@@ -23,7 +23,7 @@ def monolith_needs(
         name="monolithic worker",
         weights=attention.weights + sum(share.weights for share in experts),
         kv_cache=attention.kv_cache,
-        # The shares are computed one after the other.
-        working_buffers=attention.working_buffers + max(one.working_buffers for one in experts),
+        # The largest only: the shares are computed one after another.
+        working_buffers=attention.working_buffers + max(share.working_buffers for share in experts),
         process=attention.process,
     )

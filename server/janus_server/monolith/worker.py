@@ -1,4 +1,4 @@
-"""A worker that holds attention and all experts in one process: the reference for the others."""
+"""A worker that holds attention and all experts in one process: the reference for separate ones."""
 
 import asyncio
 

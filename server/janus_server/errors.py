@@ -29,6 +29,10 @@ class UnavailableError(JanusError):
     """The part that should answer is not there, not ready or shutting down (gRPC UNAVAILABLE)."""
 
 
+class StalledClientError(JanusError):
+    """The client does not take its messages (gRPC ABORTED)."""
+
+
 class RequestFailedError(JanusError):
     """A fault of the server ended a request; others go on (gRPC INTERNAL)."""
 

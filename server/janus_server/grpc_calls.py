@@ -21,6 +21,7 @@ from janus_server.errors import (
     InvalidRequestError,
     JanusError,
     OverloadedError,
+    StalledClientError,
     UnavailableError,
 )
 
@@ -37,6 +38,7 @@ _STATUS = {
     DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
     OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    StalledClientError: grpc.StatusCode.ABORTED,
 }
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -80,10 +82,9 @@ _answers: set[asyncio.Task[None]] = set()
 
 async def _answer_unknown(call: Any) -> None:
     context = cygrpc._ServicerContext(call, None, None, asyncio.get_running_loop())
-    # The client may be gone, or take nothing.
-    with contextlib.suppress(grpc.aio.BaseError, TimeoutError):
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_UNKNOWN_TIMEOUT_S):
-            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
+            await _abort(context, grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
 
 
 class CallGuard(grpc.aio.ServerInterceptor):
@@ -92,8 +93,11 @@ class CallGuard(grpc.aio.ServerInterceptor):
     Handlers are coroutines or, where they stream, asynchronous generators.
     """
 
-    def __init__(self, check_bytes: CheckBytes) -> None:
+    def __init__(self, check_bytes: CheckBytes, *, stall_timeout_s: float) -> None:
+        self.num_stalled = 0
+        """Calls that were cut because their client took no message for `stall_timeout_s`."""
         self._check_bytes = check_bytes
+        self._stall_timeout_s = stall_timeout_s
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Wrap the handler of a call."""
@@ -129,10 +133,30 @@ class CallGuard(grpc.aio.ServerInterceptor):
                     responses = handler.unary_stream(request, context)
                 # Closed here rather than by the garbage collector, which may let go of it late.
                 async with contextlib.aclosing(responses):
-                    async for response in responses:
-                        await context.write(response)
+                    await self._send(responses, method, context)
 
         return call
+
+    async def _send(
+        self, responses: AsyncGenerator[Any, None], method: str, context: _Context
+    ) -> None:
+        is_first = True
+        async for response in responses:
+            try:
+                async with asyncio.timeout(self._stall_timeout_s):
+                    # On its own, because a status cannot overtake it in a stalled call.
+                    if is_first:
+                        await context.send_initial_metadata(())
+                    await context.write(response)
+            except TimeoutError:
+                self.num_stalled += 1
+                error = StalledClientError(
+                    f"the client took no message for {self._stall_timeout_s:g} s"
+                )
+                logger.warning("cut a call of %s: %s", method, error)
+                # The handler frees what it holds before the client is told, who may never listen.
+                await responses.athrow(error)
+            is_first = False
 
     def _parse(self, handler: Any, data: bytes) -> Any:
         self._check_bytes(data)
@@ -151,8 +175,7 @@ class CallGuard(grpc.aio.ServerInterceptor):
             try:
                 request = self._parse(handler, data)
             except InvalidRequestError as error:
-                with contextlib.suppress(grpc.aio.AbortError):  # raised again after the handler
-                    await _refuse(context, error)
+                await _refuse(context, error)
                 return
             yield request
 
@@ -176,14 +199,20 @@ async def _errors_as_statuses(method: str, context: _Context) -> AsyncIterator[N
         yield
     except JanusError as error:
         await _refuse(context, error)
-    except grpc.aio.BaseError:  # the call has ended already
+    except grpc.aio.AbortError:
         raise
+    except grpc.aio.BaseError:  # the client has gone while something was sent to it
+        raise asyncio.CancelledError from None
     except Exception:
         logger.exception("a call of %s failed", method)
-        await context.abort(grpc.StatusCode.INTERNAL, "an internal error; see the log")
+        await _abort(context, grpc.StatusCode.INTERNAL, "an internal error; see the log")
 
 
-async def _refuse(context: _Context, error: JanusError) -> NoReturn:
-    status = _STATUS.get(type(error), grpc.StatusCode.INTERNAL)
-    await context.abort(status, str(error))
-    raise AssertionError("abort raises")
+async def _refuse(context: _Context, error: JanusError) -> None:
+    await _abort(context, _STATUS.get(type(error), grpc.StatusCode.INTERNAL), str(error))
+
+
+async def _abort(context: _Context, code: grpc.StatusCode, sentence: str) -> None:
+    """End the call; where its client is gone, that is all. gRPC raises again after the handler."""
+    with contextlib.suppress(grpc.aio.BaseError):
+        await context.abort(code, sentence)

@@ -4,6 +4,7 @@ Every server and every channel of the project uses the options of this file, so 
 on message sizes and on how often a silent connection may be pinged.
 """
 
+import asyncio
 import errno
 import socket
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ MAX_METADATA_BYTES = 16 * 2**10
 
 _KEEPALIVE_INTERVAL_MS = 30_000
 _KEEPALIVE_TIMEOUT_MS = 10_000
+_CLOSE_TIMEOUT_S = 1.0
+"""How long connections may take to close once their calls have ended, in seconds."""
 _HANDSHAKE_TIMEOUT_MS = 10_000
 """How long a new connection may take to say that it speaks HTTP/2."""
 
@@ -43,6 +46,9 @@ class ServerLimits:
 
     max_streams: int = 4096
     """Calls at once over one connection; clients hold one more back."""
+
+    stall_timeout_s: float = 30.0
+    """A stream whose client takes no message for longer is cut."""
 
     check_bytes: CheckBytes = field(default=lambda data: None)
     """Looks at every request before it is parsed."""
@@ -81,6 +87,9 @@ def _server_options(limits: ServerLimits) -> list[tuple[str, Any]]:
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
         # Two servers on one port would each get a share of the connections; we want an error.
         ("grpc.so_reuseport", 0),
+        # A client that answers no ping, such as a stopped process, loses its connection.
+        ("grpc.keepalive_time_ms", _KEEPALIVE_INTERVAL_MS),
+        ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
         # Clients may ping a silent connection this often without being cut off.
         ("grpc.http2.min_ping_interval_without_data_ms", 1000),
         ("grpc.http2.max_ping_strikes", 0),
@@ -96,6 +105,7 @@ class RunningServer:
     address: str
     """HOST:PORT that is really bound."""
     health: HealthService
+    guard: CallGuard
 
     def set_serving(self, serving: bool) -> None:
         """Publish whether the server as a whole and each of its services can do its work."""
@@ -104,7 +114,9 @@ class RunningServer:
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls at once, let running ones end for `grace_s` seconds, cancel the rest."""
         self.health.set_serving(False)
-        await self.server.stop(grace_s)
+        # A client that takes nothing keeps the end of its connection from being written.
+        stopping = asyncio.ensure_future(self.server.stop(grace_s))
+        await asyncio.wait({stopping}, timeout=grace_s + _CLOSE_TIMEOUT_S)
 
 
 async def start_server(
@@ -120,7 +132,8 @@ async def start_server(
     """
     limits = limits or ServerLimits()
     host, _ = check_can_listen(listen)
-    server = new_server(_server_options(limits), CallGuard(limits.check_bytes))
+    guard = CallGuard(limits.check_bytes, stall_timeout_s=limits.stall_timeout_s)
+    server = new_server(_server_options(limits), guard)
     health = HealthService(service_names)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -132,7 +145,7 @@ async def start_server(
     except RuntimeError:
         raise ConfigError(f"cannot listen on {listen}") from None
     await server.start()
-    return RunningServer(server=server, address=f"{host}:{port}", health=health)
+    return RunningServer(server=server, address=f"{host}:{port}", health=health, guard=guard)
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -1,6 +1,10 @@
 """What hostile clients cost an endpoint that is a process of its own."""
 
 import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -69,5 +73,59 @@ def test_requests_that_would_take_much_to_parse(size: int) -> None:
     async def check() -> None:
         async with endpoint_process(Path(DEMO_CHECKPOINT)) as endpoint:
             await check_memory(endpoint, hostile(size))
+
+    within_deadline(check())
+
+
+@contextlib.asynccontextmanager
+async def stopped_clients(endpoint: EndpointProcess, count: int) -> AsyncIterator[None]:
+    """Requests of a client process that was stopped, whose streams are full."""
+    client = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.fakes.client_process", endpoint.address, str(count)),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        submits = [await endpoint.worker.submits.get() for _ in range(count)]
+        for submit in submits:
+            endpoint.worker.put(submit, [1])
+        assert client.stdout is not None
+        await client.stdout.readline()
+        client.send_signal(signal.SIGSTOP)
+        logprobs = inference_pb2.TokenLogprobs(top_ids=range(2**20, 2**20 + 20_000))
+        for submit in submits:
+            for _ in range(2):
+                endpoint.worker.put(submit, [1], logprobs=[logprobs])
+        yield
+    finally:
+        client.kill()
+        await client.wait()
+
+
+def test_clients_that_are_stopped_lose_their_places() -> None:
+    async def check() -> None:
+        flags = ("--max-requests", "8", "--client-stall-timeout-s", "0.5")
+        async with (
+            endpoint_process(Path(DEMO_CHECKPOINT), *flags) as endpoint,
+            stopped_clients(endpoint, 8),
+        ):
+            for _ in range(8):
+                await endpoint.worker.aborts.get()
+            call = endpoint.stub.Generate(request())
+            endpoint.worker.put(
+                await endpoint.worker.submits.get(), [1], inference_pb2.FINISH_REASON_LENGTH
+            )
+            assert (await finished(call)).usage.completion_tokens == 1
+
+    within_deadline(check())
+
+
+def test_clients_that_are_stopped_do_not_hold_up_the_end() -> None:
+    async def check() -> None:
+        async with (
+            endpoint_process(Path(DEMO_CHECKPOINT), "--drain-timeout-s", "0.5") as endpoint,
+            stopped_clients(endpoint, 8),
+        ):
+            endpoint.process.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(endpoint.process.wait(), 10) == 0
 
     within_deadline(check())

@@ -23,6 +23,7 @@ from janus_proto.v1.inference_pb2_grpc import (
 )
 from janus_proto.v1.worker_pb2_grpc import add_AttentionWorkerServiceServicer_to_server
 from janus_server.comm.control_client import ControlClient
+from janus_server.endpoint.config import AdmissionConfig
 from janus_server.endpoint.limits import public_limits
 from janus_server.endpoint.service import SERVICE_NAME, InferenceService
 from janus_server.endpoint.tokenizer import Tokenizer
@@ -37,6 +38,7 @@ from tests.fakes.model_specs import SMALL_SPEC
 DEADLINE_S = 20
 CALL_S = 60
 """Deadline of a call, in seconds: longer than a test's, so that it never hides a hang."""
+ADMISSION = AdmissionConfig(max_requests=8)
 BYTES = byte_tokenizer()
 
 
@@ -114,7 +116,7 @@ class Endpoint:
 async def running_endpoint(
     folder: Path,
     *,
-    max_requests: int = 8,
+    admission: AdmissionConfig = ADMISSION,
     has_tokenizer: bool = True,
     load: worker_pb2.EngineLoad = LOAD,
 ) -> AsyncIterator[Endpoint]:
@@ -137,13 +139,13 @@ async def running_endpoint(
             _tokenizer(folder, stack) if has_tokenizer else None,
             pool,
             max_context=SMALL_SPEC.max_context,
-            max_requests=max_requests,
+            max_requests=admission.max_requests,
         )
         server = await start_server(
             lambda grpc_server: add_InferenceServiceServicer_to_server(service, grpc_server),
             [SERVICE_NAME],
             "127.0.0.1:0",
-            public_limits(max_context=SMALL_SPEC.max_context, max_requests=max_requests),
+            public_limits(admission, max_context=SMALL_SPEC.max_context),
         )
         stack.push_async_callback(server.stop, 0)
         channel = await stack.enter_async_context(
@@ -217,6 +219,18 @@ async def begin(endpoint: Endpoint, **fields: Any) -> tuple[Any, worker_pb2.Subm
     assert submitted.done(), await call.details()
     ended.cancel()
     return call, submitted.result()
+
+
+def overfill(endpoint: Endpoint, submit: worker_pb2.SubmitCommand) -> int:
+    """Put more output than can be sent to a client that does not read it, one token each.
+
+    Returns the number of outputs.
+    """
+    num_outputs = 64
+    logprobs = inference_pb2.TokenLogprobs(top_ids=[2**31] * 40_000)
+    for _ in range(num_outputs):
+        endpoint.worker.put(submit, ids("x"), logprobs=[logprobs])
+    return num_outputs
 
 
 async def finished(call: Any) -> GenerateResponse:

@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
+import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import grpc.aio
@@ -21,10 +22,17 @@ from janus_proto.v1.worker_pb2_grpc import (
     AttentionWorkerServiceServicer,
     add_AttentionWorkerServiceServicer_to_server,
 )
-from janus_server.errors import InvalidRequestError, UnavailableError
+from janus_server.errors import InvalidRequestError, StalledClientError, UnavailableError
 from janus_server.grpc_server import RunningServer, ServerLimits, start_server
-from tests.fakes.endpoint import CALL_S, within_deadline
-from tests.fakes.http2 import END_STREAM, HEADERS, RST_STREAM, RawConnection, raw_connection
+from tests.fakes.endpoint import CALL_S, until, within_deadline
+from tests.fakes.http2 import (
+    END_STREAM,
+    HEADERS,
+    RST_STREAM,
+    WINDOW_UPDATE,
+    RawConnection,
+    raw_connection,
+)
 
 Code = grpc.StatusCode
 GENERATE = "/janus.v1.InferenceService/Generate"
@@ -43,7 +51,17 @@ METHODS: list[MethodDescriptor] = [
 class Inference(InferenceServiceServicer):
     """Behaves as the request's text says."""
 
+    ended: ClassVar[list[BaseException]] = []
+    """What ended the streams that were to last."""
+
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        if request.text == "go on":
+            try:
+                while True:
+                    yield inference_pb2.GenerateResponse(text="x" * 1000)
+            except BaseException as error:
+                self.ended.append(error)
+                raise
         yield inference_pb2.GenerateResponse(text="first")
         if request.text == "unavailable":
             raise UnavailableError("no worker")
@@ -235,6 +253,29 @@ def test_errors_of_handlers_are_statuses(caplog: pytest.LogCaptureFixture) -> No
         assert [record.exc_info is not None for record in caplog.records] == [True]
 
     with_server(scenario)
+
+
+def test_a_client_that_takes_nothing_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(server: RunningServer, channel: grpc.aio.Channel) -> None:
+        Inference.ended.clear()
+        data = inference_pb2.GenerateRequest(text="go on").SerializeToString()
+        # One stalls at its first message, the other after some.
+        async with (
+            raw_connection(server.address, window=0) as first,
+            raw_connection(server.address, window=10_000) as second,
+        ):
+            for connection in (first, second):
+                await connection.call(1, GENERATE.encode(), data)
+            await until(lambda: server.guard.num_stalled == 2)
+            assert [type(error) for error in Inference.ended] == [StalledClientError] * 2
+            for connection in (first, second):
+                # Whoever goes on reading is told.
+                await connection.send(WINDOW_UPDATE, struct.pack(">I", 2**20), stream=1)
+                assert await ended(connection, 1)
+
+    with_server(scenario, ServerLimits(stall_timeout_s=0.1))
+    sentence = f"cut a call of {GENERATE}: the client took no message for 0.1 s"
+    assert [record.message for record in caplog.records] == [sentence] * 2
 
 
 def test_large_metadata_is_refused() -> None:

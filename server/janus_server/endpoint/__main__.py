@@ -36,7 +36,7 @@ async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
         lambda grpc_server: add_InferenceServiceServicer_to_server(service, grpc_server),
         [SERVICE_NAME],
         config.admission.listen,
-        public_limits(max_context=max_context, max_requests=config.admission.max_requests),
+        public_limits(config.admission, max_context=max_context),
     )
     announce(server.address)
     try:

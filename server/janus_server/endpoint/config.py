@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from janus_server.bounds import Between
+from janus_server.bounds import Between, Seconds
 from janus_server.comm.config import CommConfig
 from janus_server.model.config import MaxContext, ModelConfig
 from janus_server.process import ProcessConfig
@@ -21,6 +21,9 @@ class AdmissionConfig:
 
     drain_timeout_s: Annotated[float, Between(0, 86_400)] = 30.0
     """On shutdown, how long running requests may still take, in seconds."""
+
+    client_stall_timeout_s: Seconds = 30.0
+    """A stream whose client takes no message for this long is cut, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

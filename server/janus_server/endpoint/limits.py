@@ -7,6 +7,7 @@ looked at first: its prompt alone may be long, and has few parts.
 from collections.abc import Iterator
 
 from janus_proto.v1.inference_pb2 import GenerateRequest
+from janus_server.endpoint.config import AdmissionConfig
 from janus_server.endpoint.validation import (
     MAX_REQUEST_ID_CHARS,
     MAX_STOP_CHARS,
@@ -50,12 +51,13 @@ def max_request_bytes(max_context: int) -> int:
     return max_context * MAX_TEXT_BYTES_PER_TOKEN + MAX_REST_BYTES
 
 
-def public_limits(*, max_context: int, max_requests: int) -> ServerLimits:
+def public_limits(config: AdmissionConfig, *, max_context: int) -> ServerLimits:
     """What valid requests can need, and some room beside."""
     return ServerLimits(
         max_request_bytes=max_request_bytes(max_context),
-        max_connections=max_requests + SPARE_CONNECTIONS,
-        max_streams=max_requests + SPARE_STREAMS,
+        max_connections=config.max_requests + SPARE_CONNECTIONS,
+        max_streams=config.max_requests + SPARE_STREAMS,
+        stall_timeout_s=config.client_stall_timeout_s,
         check_bytes=lambda data: check_bytes(data, max_context),
     )
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from janus_proto.v1 import inference_pb2, worker_pb2
 from janus_server.endpoint.stop_strings import StopMatcher
 from janus_server.endpoint.tokenizer import Detokenizer
-from janus_server.errors import JanusError
+from janus_server.errors import JanusError, StalledClientError
+
+MAX_PENDING_TOKENS = 8192
+"""Tokens that a client may be behind; with all log-probabilities, 2 MB of a message."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,7 +23,7 @@ class Delta:
 
 
 class RequestStream:
-    """Merges outputs until they are taken: a slow client costs memory for its own tokens only."""
+    """Merges outputs until they are taken, which a slow client may put off for a while."""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
@@ -43,6 +46,9 @@ class RequestStream:
         self._pending.logprobs += output.logprobs
         self._pending.finish_reason = output.finish_reason
         self._changed.set()
+        if len(self._pending.token_ids) > MAX_PENDING_TOKENS:
+            self._pending = Delta()
+            self.fail(StalledClientError(f"the client is {MAX_PENDING_TOKENS} tokens behind"))
 
     def fail(self, error: JanusError) -> None:
         """Let the next `take` raise."""

@@ -1,9 +1,5 @@
 import asyncio
-import logging
-import re
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -11,37 +7,29 @@ import pytest
 
 from janus_proto.v1 import inference_pb2, worker_pb2
 from janus_proto.v1.inference_pb2 import GenerateRequest
+from janus_server.endpoint.config import AdmissionConfig
 from tests.fakes.endpoint import (
     CALL_S,
     Endpoint,
     begin,
     finished,
     ids,
+    overfill,
     refused,
     refused_request,
     request,
     running_endpoint,
-    until,
     within_deadline,
 )
+from tests.fakes.http2 import raw_connection
 from tests.fakes.model_specs import SMALL_SPEC
+
+GENERATE = b"/janus.v1.InferenceService/Generate"
 
 STOP = inference_pb2.FINISH_REASON_STOP
 LENGTH = inference_pb2.FINISH_REASON_LENGTH
 ABORT = inference_pb2.FINISH_REASON_ABORT
 Code = grpc.StatusCode
-
-
-def overfill(endpoint: Endpoint, submit: worker_pb2.SubmitCommand) -> int:
-    """Put more output than can be sent to a client that does not read it, one token each.
-
-    Returns the number of outputs.
-    """
-    num_outputs = 64
-    logprobs = inference_pb2.TokenLogprobs(top_ids=[2**31] * 40_000)
-    for _ in range(num_outputs):
-        endpoint.worker.put(submit, ids("x"), logprobs=[logprobs])
-    return num_outputs
 
 
 async def flood(endpoint: Endpoint, submit: worker_pb2.SubmitCommand) -> int:
@@ -149,7 +137,9 @@ def test_an_id_can_be_used_again_while_the_worker_still_ends_the_last(tmp_path: 
 
 def test_full_and_free_again(tmp_path: Path) -> None:
     async def check() -> None:
-        async with running_endpoint(tmp_path, max_requests=2) as endpoint:
+        async with running_endpoint(
+            tmp_path, admission=AdmissionConfig(max_requests=2)
+        ) as endpoint:
             first, first_submit = await begin(endpoint)
             second, second_submit = await begin(endpoint)
             code, sentence = await refused_request(endpoint)
@@ -281,6 +271,22 @@ def test_a_slow_client_gets_merged_deltas(tmp_path: Path) -> None:
     within_deadline(check())
 
 
+def test_a_client_that_takes_nothing_gives_its_place_back(tmp_path: Path) -> None:
+    async def check() -> None:
+        admission = AdmissionConfig(max_requests=1, client_stall_timeout_s=0.1)
+        async with (
+            running_endpoint(tmp_path, admission=admission) as endpoint,
+            raw_connection(endpoint.address, window=0) as stalled,
+        ):
+            await stalled.call(1, GENERATE, request().SerializeToString())
+            submit = await endpoint.worker.submits.get()
+            endpoint.worker.put(submit, ids("x"))
+            assert await endpoint.worker.aborts.get() == submit.request_id
+            await begin(endpoint)
+
+    within_deadline(check())
+
+
 def test_logprobs_pass_through(tmp_path: Path) -> None:
     async def check() -> None:
         async with running_endpoint(tmp_path) as endpoint:
@@ -401,79 +407,3 @@ def test_drain_of_nothing(tmp_path: Path) -> None:
             await endpoint.service.drain(0)
 
     within_deadline(check())
-
-
-def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
-    name = "janus_server.endpoint.service"
-    return [
-        one.getMessage() for one in caplog.records if (one.name, one.levelname) == (name, "INFO")
-    ]
-
-
-async def finish_one(endpoint: Endpoint) -> None:
-    call, submit = await begin(endpoint, request_id="mine")
-    endpoint.worker.put(submit, [1], LENGTH)
-    await finished(call)
-
-
-async def cancel_one(endpoint: Endpoint) -> None:
-    call, _ = await begin(endpoint, request_id="mine")
-    call.cancel()
-
-
-async def cancel_one_unread(endpoint: Endpoint) -> None:
-    call, submit = await begin(endpoint, request_id="mine")
-    overfill(endpoint, submit)
-    await call.read()
-    call.cancel()
-
-
-async def let_one_expire(endpoint: Endpoint) -> None:
-    await refused(endpoint.stub.Generate(request(request_id="mine"), timeout=0.3))
-
-
-async def lose_the_worker_of_one(endpoint: Endpoint) -> None:
-    call, _ = await begin(endpoint, request_id="mine")
-    await endpoint.control.publish()
-    await refused(call)
-
-
-async def refuse_one(endpoint: Endpoint) -> None:
-    await refused_request(endpoint, request_id="mine", prompt=[256])
-
-
-async def refuse_one_for_its_id(endpoint: Endpoint) -> None:
-    await refused_request(endpoint, request_id="two\nlines")
-
-
-CANCELLED = r"request mine: cancelled after \d+ ms, by its client or its deadline"
-REFUSED = r"request mine: failed after \d+ ms: the prompt has the token id 256"
-
-
-@pytest.mark.parametrize(
-    ("scene", "line"),
-    [
-        (finish_one, "request mine: length, 2 prompt and 1 completion tokens, TTFT"),
-        (cancel_one, CANCELLED),
-        (cancel_one_unread, CANCELLED),
-        (let_one_expire, CANCELLED),
-        (lose_the_worker_of_one, r"request mine: failed after \d+ ms: .* was lost"),
-        (refuse_one, REFUSED),
-        (refuse_one_for_its_id, r"request without a usable id: failed .* 'two\\nlines' of 9"),
-    ],
-)
-def test_every_request_has_one_line_in_the_log(
-    scene: Callable[[Endpoint], Coroutine[Any, Any, None]],
-    line: str,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    async def check() -> None:
-        async with running_endpoint(tmp_path) as endpoint:
-            await scene(endpoint)
-            await until(lambda: bool(logged(caplog)))
-
-    caplog.set_level(logging.INFO)
-    within_deadline(check())
-    assert len(logged(caplog)) == 1
-    assert re.match(line, logged(caplog)[0])

@@ -4,9 +4,14 @@ from collections.abc import Sequence
 import pytest
 
 from janus_proto.v1 import inference_pb2, worker_pb2
-from janus_server.endpoint.streams import Delta, RequestStream, TextAssembler
+from janus_server.endpoint.streams import (
+    MAX_PENDING_TOKENS,
+    Delta,
+    RequestStream,
+    TextAssembler,
+)
 from janus_server.endpoint.tokenizer import Detokenizer
-from janus_server.errors import UnavailableError
+from janus_server.errors import StalledClientError, UnavailableError
 from tests.fakes.endpoint import BYTES, ids, within_deadline
 
 STOP = inference_pb2.FINISH_REASON_STOP
@@ -53,6 +58,19 @@ def test_take_waits_for_something_new() -> None:
         assert not taking.done()
         stream.put(output([7]))
         assert (await taking).token_ids == [7]
+
+    within_deadline(check())
+
+
+def test_a_client_that_is_far_behind_is_given_up() -> None:
+    async def check() -> None:
+        stream = RequestStream("r")
+        stream.put(output([1] * MAX_PENDING_TOKENS))
+        assert len((await stream.take()).token_ids) == MAX_PENDING_TOKENS
+        stream.put(output([1] * MAX_PENDING_TOKENS))
+        stream.put(output([1], LENGTH))
+        with pytest.raises(StalledClientError, match="8192 tokens behind"):
+            await stream.take()
 
     within_deadline(check())
 

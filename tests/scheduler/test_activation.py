@@ -61,8 +61,16 @@ def test_positions() -> None:
     ids_TK = np.array([[0, 1], [0, 1], [1, 0]])
     # Pairs 0 to 5 in turn to replica 0 and 1.
     assert (schedule(ids_TK, table, "eplb").slots_TK // 2).tolist() == [[0, 1], [0, 1], [0, 1]]
-    seeds = {str(schedule(ids_TK, table, "random", seed=seed).slots_TK) for seed in range(9)}
-    assert len(seeds) > 1
+
+
+def test_random_is_even_and_follows_its_seed() -> None:
+    table = layer_replicas([[0, 1, 2], [0, 1, 2]], 3)
+    ids_TK = np.array([[0, 1]] * 300)
+    first, again, other = (schedule(ids_TK, table, "random", seed=seed) for seed in (1, 1, 2))
+    assert (first.slots_TK == again.slots_TK).all()
+    assert 300 < (first.slots_TK != other.slots_TK).sum() < 500  # two thirds of 600
+    for tokens_W in (chosen.tokens_WC.sum(axis=1) for chosen in (first, other)):
+        assert (abs(tokens_W - 200) < 50).all()
 
 
 def test_token_levels_the_tokens() -> None:

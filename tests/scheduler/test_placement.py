@@ -100,7 +100,7 @@ def test_too_few_slots() -> None:
     ("workers", "sentence"),
     [
         (([0, 1], [2, 1]), "layer 5: expert 3 has no slot on any expert worker"),
-        (([0, 1], [3, 3]), "layer 5: expert worker 1 holds expert 3 more than once"),
+        (([0, 1, 2], [0, 3, 3]), "layer 5: expert worker 1 holds expert 3 more than once"),
         (([0, 1], [2, 4]), "layer 5: expert worker 1 holds expert 4, but the experts are 0 to 3"),
         (([-2, 1], [2, 3]), "layer 5: expert worker 0 holds expert -2, but"),
     ],

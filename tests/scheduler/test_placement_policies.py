@@ -49,10 +49,13 @@ def test_eplb_balances_tokens() -> None:
     counts_E = np.array([90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86])
     table_WC = eplb(counts_E, 8, 2, num_nodes=2, num_groups=4)
     replicas_E = np.bincount(table_WC.ravel(), minlength=12)
-    # Theirs replicates 5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1.
-    expected_E = np.bincount([5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1], minlength=12)
-    assert replicas_E.tolist() == expected_E.tolist()
-    # Groups 1 and 2... stay within a node: no expert has replicas on both.
+    theirs_WC = np.array([5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1]).reshape(8, 2)
+    assert replicas_E.tolist() == np.bincount(theirs_WC.ravel(), minlength=12).tolist()
+    most, their_most = (
+        (counts_E / replicas_E)[table].sum(axis=1).max() for table in (table_WC, theirs_WC)
+    )
+    assert most <= their_most
+    # Each group stays within a node: no expert has replicas on both nodes.
     assert not set(table_WC[:4].ravel()) & set(table_WC[4:].ravel())
 
 
@@ -114,7 +117,7 @@ def test_search_beats_what_it_starts_from() -> None:
         counts_E = expert_counts(ids_NK, 64)
         load = expected_load(active_BE, counts_E, placement.replicas(0, 64))
         a_max[policy] = load.a_max
-        assert load.floor <= load.a_max <= load.a_max_p99 + 1
+        assert load.floor <= load.a_max < load.a_max_p99
         assert load.imbalance >= 1
     assert a_max["search"] < min(a_max[policy] for policy in PLACEMENT_POLICIES[1:])
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from janus_scheduler.request import FinishReason, SamplingParams, Sequence
+from janus_scheduler.request import SamplingParams, Sequence
 
 
 def sequence(prompt_ids: list[int], output_ids: list[int]) -> Sequence:
@@ -42,19 +42,7 @@ def test_tokens_are_a_slice_of_prompt_plus_output(
     assert request.num_tokens == len(prompt_ids + output_ids)
 
 
-def test_a_new_sequence_has_done_nothing() -> None:
-    request = Sequence(request_id="r", prompt_ids=(1,), params=SamplingParams(max_tokens=1))
-    other = Sequence(request_id="s", prompt_ids=(1,), params=SamplingParams(max_tokens=1))
-    request.output_ids.append(5)
-    assert other.output_ids == []
-    assert other.num_computed == 0
-
-
 def test_params_never_change() -> None:
     params = SamplingParams(max_tokens=1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.max_tokens = 2  # type: ignore[misc]
-
-
-def test_finish_reasons_are_the_words_of_the_apis() -> None:
-    assert [reason.value for reason in FinishReason] == ["stop", "length", "abort"]

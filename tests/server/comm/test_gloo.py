@@ -25,7 +25,7 @@ HIDDEN = 3
 
 
 def times(factor: float):  # type: ignore[no-untyped-def]
-    """A share whose effect can be worked out by hand: factor times layer plus one times x."""
+    """A share that can be computed by hand: x * factor * (layer + 1)."""
     return lambda layer, hidden_TH: hidden_TH * factor * (layer + 1)
 
 

@@ -59,7 +59,7 @@ def test_shares_are_within_what_is_free_and_grow_with_it(
 @given(pools=pools, free=free_bytes)
 def test_more_workers_have_smaller_shares(folder: Path, pools: PoolConfig, free: int) -> None:
     larger = dataclasses.replace(pools, attention_workers=pools.attention_workers + 1)
-    fewer, more = (serve_config(folder, pools=one) for one in (pools, larger))
+    fewer, more = (serve_config(folder, pools=size) for size in (pools, larger))
     assert kv_bytes(more, free=free) <= kv_bytes(fewer, free=free)
 
 

@@ -86,8 +86,8 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             running, submit = await begin(endpoint, *flags)
             assert list(submit.prompt_ids) == [12, 7, 99]
             logprobs = [
-                inference_pb2.TokenLogprobs(logprob=-0.5, top_ids=[one], top_logprobs=[-0.25])
-                for one in (4, 5)
+                inference_pb2.TokenLogprobs(logprob=-0.5, top_ids=[top_id], top_logprobs=[-0.25])
+                for top_id in (4, 5)
             ]
             endpoint.worker.put(submit, ids("a"), logprobs=logprobs[:1])
             endpoint.worker.put(submit, ids("b"), LENGTH, logprobs[1:])

@@ -39,7 +39,9 @@ def test_logs_the_a_max_of_each_layer_since_the_last_time(
         "a_max by layer, mean of 4 steps: 1: 2.2, 2: 2.5",
         "a_max by layer, mean of 4 steps: 1: 3.0, 2: 3.0",
     ]
-    activity.report("expert-1", load(1, 3), 130.0, leads=True)  # another worker counts from 0
+    activity.report(
+        "expert-1", load(1, 3), 130.0, leads=True
+    )  # of another worker, whose counts begin at 0
     assert caplog.messages[-1] == "a_max by layer, mean of 1 steps: 1: 4.0, 2: 5.0"
 
 

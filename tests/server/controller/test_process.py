@@ -86,8 +86,9 @@ def test_it_forms_an_epoch_whose_store_is_there(start: Starter, model: ModelConf
 def test_what_it_cannot_serve_is_one_sentence(
     start: Starter, model: ModelConfig, checkpoint: str | None, sentence: str
 ) -> None:
-    one = model if checkpoint is None else ModelConfig(checkpoint=checkpoint)
-    child = start(ControllerConfig(model=one, pools=PoolConfig(expert_slots=1)))
+    if checkpoint is not None:
+        model = ModelConfig(checkpoint=checkpoint)
+    child = start(ControllerConfig(model=model, pools=PoolConfig(expert_slots=1)))
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 1
     assert errors.count("\n") == 1

@@ -142,7 +142,7 @@ def test_without_its_controller_it_ends_with_a_sentence(
             assert isinstance(
                 error, ExceptionGroup
             )  # out of which `process.run` takes the sentence
-            assert [type(one) for one in error.exceptions] == [UnavailableError]
+            assert [type(inner) for inner in error.exceptions] == [UnavailableError]
             assert "the controller at" in str(error.exceptions[0])
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await call.read()

@@ -59,7 +59,7 @@ def test_long_texts(pieces: list[str], stops: list[str]) -> None:
     [
         (["hello"], [], "hello", ""),
         (["a", "b", "c", "d"], ["bc"], "a", "bc"),
-        # The one that is whole first ends the text, in one piece or in many.
+        # The stop string that is complete first ends the text, in one piece or in many.
         (["abcd"], ["abcd", "bc"], "a", "bc"),
         (["abc", "d"], ["abcd", "bc"], "a", "bc"),
         (["xabc"], ["c", "abc"], "x", "abc"),

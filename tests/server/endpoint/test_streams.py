@@ -21,7 +21,7 @@ GOING_ON = inference_pb2.FINISH_REASON_UNSPECIFIED
 
 
 def output(token_ids: Sequence[int], finish_reason: int = GOING_ON) -> worker_pb2.SequenceOutput:
-    logprobs = [inference_pb2.TokenLogprobs(logprob=-one) for one in token_ids]
+    logprobs = [inference_pb2.TokenLogprobs(logprob=-token_id) for token_id in token_ids]
     return worker_pb2.SequenceOutput(
         token_ids=token_ids, logprobs=logprobs, finish_reason=finish_reason
     )
@@ -45,7 +45,7 @@ def test_outputs_merge_until_they_are_taken() -> None:
         stream.put(output([3, 4], LENGTH))
         merged = await stream.take()
         assert (merged.token_ids, merged.finish_reason) == ([2, 3, 4], LENGTH)
-        assert [one.logprob for one in merged.logprobs] == [-2, -3, -4]
+        assert [token.logprob for token in merged.logprobs] == [-2, -3, -4]
 
     within_deadline(check())
 

@@ -53,7 +53,7 @@ METASPACE = with_metaspace()
 
 def stream(library: Library, token_ids: list[int]) -> list[str]:
     detokenizer = Detokenizer(library)
-    return [*(detokenizer.feed([one]) for one in token_ids), detokenizer.finish()]
+    return [*(detokenizer.feed([token_id]) for token_id in token_ids), detokenizer.finish()]
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_deltas_are_the_decoding_of_all_ids(token_ids: list[int]) -> None:
 # Words, a special and an unknown token, and an emoji of four byte tokens.
 @given(st.lists(st.sampled_from([[0], [1], [2], [3], [4], [9], [99], [5, 6, 7, 8]]), max_size=40))
 def test_deltas_of_a_metaspace_tokenizer(words: list[list[int]]) -> None:
-    token_ids = [one for word in words for one in word]
+    token_ids = [token_id for word in words for token_id in word]
     assert "".join(stream(METASPACE, token_ids)) == METASPACE.decode(token_ids)
 
 

@@ -21,7 +21,7 @@ from janus_proto.v1 import control_pb2, inference_pb2
 from janus_proto.v1.control_pb2_grpc import ControlServiceStub
 from janus_proto.v1.inference_pb2_grpc import InferenceServiceStub
 from janus_server.bounds import Between
-from janus_server.cluster import running_cluster
+from janus_server.cluster import Cluster, running_cluster
 from janus_server.cluster_plan import check_config
 from janus_server.command_line import parse
 from janus_server.config import ServeConfig
@@ -142,7 +142,7 @@ async def _serve_and_generate(
             advance()
         console.print(f"ready {cluster.address}: {len(streams)} prompts at once", highlight=False)
         await cluster.unless_failed(_generate_all(demo, cluster.address, streams, console))
-        return await _expert_loads(cluster.controller)
+        return await _expert_loads(cluster)
 
 
 async def _generate_all(
@@ -228,12 +228,12 @@ def _shown(streams: Sequence[_Stream], console: Console) -> Iterator[_Refresh]:
     console.print(refresh.panels())
 
 
-async def _expert_loads(controller: str) -> control_pb2.GetExpertLoadsResponse:
+async def _expert_loads(cluster: Cluster) -> control_pb2.GetExpertLoadsResponse:
     # Totals come with heartbeats: after this time each worker has sent its final ones.
     await asyncio.sleep(1.5 * HEARTBEAT_INTERVAL_S)
-    async with grpc.aio.insecure_channel(controller, options=channel_options()) as channel:
+    async with grpc.aio.insecure_channel(cluster.controller, options=channel_options()) as channel:
         return await ControlServiceStub(channel).GetExpertLoads(
-            control_pb2.GetExpertLoadsRequest(), timeout=10
+            control_pb2.GetExpertLoadsRequest(), metadata=cluster.secret.metadata, timeout=10
         )
 
 

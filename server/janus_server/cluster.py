@@ -7,6 +7,7 @@ workers; then the controller.
 
 import asyncio
 import contextlib
+import functools
 import json
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
@@ -19,7 +20,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from janus_proto.v1 import control_pb2
 from janus_server.cluster_memory import fit_memory
-from janus_server.cluster_plan import controller_config, endpoint_config, worker_processes
+from janus_server.cluster_plan import (
+    controller_config,
+    endpoint_config,
+    with_secret_file,
+    worker_processes,
+)
+from janus_server.comm.authentication import ClusterSecret, read_secret
 from janus_server.comm.control_client import ControlClient
 from janus_server.command_line import to_argv
 from janus_server.config import ServeConfig
@@ -52,6 +59,8 @@ class Cluster:
     """HOST:PORT of the public endpoint."""
     controller: str
     """HOST:PORT of the control service."""
+    secret: ClusterSecret
+    """What calls to the controller and to the workers must show."""
     supervisor: Supervisor
 
     async def unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
@@ -109,6 +118,7 @@ class _Lifecycle:
         self._controller: Child | None = None
         self._endpoint: Child | None = None
         self._is_serving = False
+        self._secret = read_secret(config.comm) or ClusterSecret.generate()
         self._missing: dict[int, str] = {}
         """Process id -> name of what is not ready yet."""
 
@@ -116,7 +126,8 @@ class _Lifecycle:
         timeout_s = self._config.comm.startup_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                cluster = await self._start()
+                with self._secret.file_for_children() as secret_file:
+                    cluster = await self._start(secret_file.fileno())
         except TimeoutError:
             missing = ", ".join(self._missing.values())
             raise UnavailableError(f"not ready within {timeout_s:g} s: {missing}") from None
@@ -159,33 +170,41 @@ class _Lifecycle:
     def _stop_timeout_s(self) -> float:
         return _FAILED_STOP_TIMEOUT_S if self._supervisor.has_failed else _STOP_TIMEOUT_S
 
-    async def _start(self) -> Cluster:
-        config = self._config
+    async def _start(self, secret_fd: int) -> Cluster:
+        config = with_secret_file(self._config, f"/dev/fd/{secret_fd}")
+        spawn = functools.partial(self._spawn, secret_fd)
         gpus_free = await _free_gpu_memory() if config.model.device == "cuda" else []
         config = fit_memory(config, free=free_memory(), gpus_free=gpus_free)
-        self._controller = await self._spawn(
+        self._controller = await spawn(
             "controller", "janus_server.controller", to_argv(controller_config(config)), True
         )
         controller = await self._controller.address()
         del self._missing[self._controller.pid]
         for worker in worker_processes(config, controller, num_devices=len(gpus_free) or 1):
-            await self._spawn(worker.name, worker.module, worker.argv)
-        self._endpoint = await self._spawn(
+            await spawn(worker.name, worker.module, worker.argv)
+        self._endpoint = await spawn(
             "endpoint", "janus_server.endpoint", to_argv(endpoint_config(config, controller)), True
         )
-        client = ControlClient(controller)
+        client = ControlClient(controller, self._secret)
         try:
             await self._wait_for_workers(client)
         finally:
             await client.close()
         address = await self._endpoint.address()
         await _wait_until_serving(address)
-        return Cluster(address=address, controller=controller, supervisor=self._supervisor)
+        return Cluster(
+            address=address,
+            controller=controller,
+            secret=self._secret,
+            supervisor=self._supervisor,
+        )
 
     async def _spawn(
-        self, name: str, module: str, argv: Sequence[str], announces: bool = False
+        self, secret_fd: int, name: str, module: str, argv: Sequence[str], announces: bool = False
     ) -> Child:
-        child = await self._supervisor.spawn(name, module, argv, announces=announces)
+        child = await self._supervisor.spawn(
+            name, module, argv, announces=announces, pass_fds=[secret_fd]
+        )
         self._missing[child.pid] = child.name
         return child
 

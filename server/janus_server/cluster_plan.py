@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from janus_server.attention.config import AttentionConfig
+from janus_server.comm.authentication import read_secret
 from janus_server.command_line import to_argv
 from janus_server.config import ServeConfig
 from janus_server.controller.config import ControllerConfig
@@ -40,6 +41,13 @@ def check_config(config: ServeConfig) -> None:
     context_limit(checkpoint.spec, config.engine.max_context)
     check_tokenizer(checkpoint.path)
     check_can_listen(config.admission.listen)
+    read_secret(config.comm)
+
+
+def with_secret_file(config: ServeConfig, path: str) -> ServeConfig:
+    """The same with the secret of its cluster at `path`."""
+    comm = dataclasses.replace(config.comm, cluster_secret_file=path)
+    return dataclasses.replace(config, comm=comm)
 
 
 def controller_config(config: ServeConfig) -> ControllerConfig:

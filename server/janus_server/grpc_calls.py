@@ -46,7 +46,9 @@ CheckBytes = Callable[[bytes], None]
 """Looks at a request before it is parsed; raises InvalidRequestError."""
 
 
-def new_server(options: Sequence[tuple[str, Any]], guard: "CallGuard") -> grpc.aio.Server:
+def new_server(
+    options: Sequence[tuple[str, Any]], interceptors: Sequence[grpc.aio.ServerInterceptor]
+) -> grpc.aio.Server:
     """A server of which no client can end the loop that accepts calls."""
     server = grpc.aio.server()
     # grpc.aio has no place of its own for this; tests hold what is used of its inside.
@@ -54,7 +56,7 @@ def new_server(options: Sequence[tuple[str, Any]], guard: "CallGuard") -> grpc.a
         server._loop,  # type: ignore[attr-defined]
         None,
         (),
-        [guard],
+        list(interceptors),
         tuple(options),
         None,
     )

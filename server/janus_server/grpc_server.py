@@ -124,16 +124,18 @@ async def start_server(
     service_names: Sequence[str],
     listen: str,
     limits: ServerLimits | None = None,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> RunningServer:
     """Start a server on `listen` with what `add_services` adds, health and reflection.
 
     `service_names` are the full names ("janus.v1.ControlService"); `listen` is HOST:PORT, where
-    port 0 takes a free one. Raises ConfigError where it cannot listen there.
+    port 0 takes a free one. Every call passes `interceptors` first. Raises ConfigError where it
+    cannot listen there.
     """
     limits = limits or ServerLimits()
     host, _ = check_can_listen(listen)
     guard = CallGuard(limits.check_bytes, stall_timeout_s=limits.stall_timeout_s)
-    server = new_server(_server_options(limits), guard)
+    server = new_server(_server_options(limits), [*interceptors, guard])
     health = HealthService(service_names)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name

@@ -124,9 +124,18 @@ class Supervisor:
         return f"the {first.name} {describe_exit(first.exited.result())}"
 
     async def spawn(
-        self, name: str, module: str, argv: Sequence[str], *, announces: bool = False
+        self,
+        name: str,
+        module: str,
+        argv: Sequence[str],
+        *,
+        announces: bool = False,
+        pass_fds: Sequence[int] = (),
     ) -> Child:
-        """Start `python -m module argv`; `announces`: it tells the address on which it listens."""
+        """Start `python -m module argv`; `announces`: it tells the address on which it listens.
+
+        It inherits `pass_fds` under the same numbers.
+        """
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",  # a module in the working directory must not shadow ours
@@ -137,6 +146,7 @@ class Supervisor:
             stdout=PIPE if announces else DEVNULL,
             stderr=self._stderr,
             start_new_session=True,
+            pass_fds=tuple(pass_fds),
         )
         child = Child(name, process)
         self.children.append(child)

@@ -13,7 +13,8 @@ import grpc
 import pytest
 from safetensors.torch import load_file, save_file
 
-from janus_proto.v1 import inference_pb2
+from janus_proto.v1 import inference_pb2, worker_pb2
+from janus_proto.v1.worker_pb2_grpc import AttentionWorkerServiceStub
 from tests.conftest import CheckpointFactory
 from tests.fakes.checkpoints import reference_decode, reference_model
 from tests.fakes.serving import JANUS, Served, generate_json, request, run_janus, serving
@@ -44,6 +45,22 @@ def test_says_who_is_ready(served: Served) -> None:
         "expert worker expert-0",
         "expert worker expert-1",
     ]
+
+
+def test_workers_answer_nobody_without_the_secret_which_no_command_line_shows(
+    served: Served,
+) -> None:
+    for address in served.attention_addresses:
+        with grpc.insecure_channel(address) as channel:
+            stub = AttentionWorkerServiceStub(channel)
+            with pytest.raises(grpc.RpcError) as raised:
+                stub.GetEngineLoad(worker_pb2.GetEngineLoadRequest(), timeout=10)
+        assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    [(_, token)] = served.secret.metadata
+    for process in served.family():
+        shown = [*process.cmdline(), *process.environ().values()]
+        assert any("/dev/fd/" in argument for argument in process.cmdline())
+        assert not any(token in text for text in shown)
 
 
 def test_model_info(served: Served) -> None:

@@ -17,6 +17,7 @@ import psutil
 from janus_proto.v1 import inference_pb2, worker_pb2
 from janus_proto.v1.inference_pb2_grpc import InferenceServiceStub
 from janus_proto.v1.worker_pb2_grpc import AttentionWorkerServiceStub
+from janus_server.comm.authentication import ClusterSecret
 
 JANUS = str(Path(sys.executable).parent / "janus")
 START_S = 60
@@ -30,6 +31,7 @@ class Served:
     process: subprocess.Popen[str]
     address: str
     ready_lines: list[str]
+    secret: ClusterSecret
 
     @property
     def stub(self) -> InferenceServiceStub:
@@ -47,7 +49,8 @@ class Served:
         """(free, all) KV blocks of the first attention worker."""
         with grpc.insecure_channel(self.attention_addresses[0]) as channel:
             stub = AttentionWorkerServiceStub(channel)
-            load = stub.GetEngineLoad(worker_pb2.GetEngineLoadRequest(), timeout=10).load
+            request = worker_pb2.GetEngineLoadRequest()
+            load = stub.GetEngineLoad(request, metadata=self.secret.metadata, timeout=10).load
         return load.num_free_blocks, load.num_blocks
 
     def wait_until_idle(self) -> None:
@@ -75,16 +78,9 @@ class Served:
 @contextlib.contextmanager
 def serving(checkpoint: Path, *flags: str) -> Iterator[Served]:
     """Start `janus serve` on a free port and end it on leaving, whatever happened."""
-    process = subprocess.Popen(
-        [
-            *(JANUS, "serve", str(checkpoint), "--listen", "127.0.0.1:0", "--dtype", "fp32"),
-            # All that a small model can use, however large the machine.
-            *("--kv-cache-gib", "0.25", *flags),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    secret = ClusterSecret.generate()
+    with secret.file_for_children() as file:
+        process = _start(checkpoint, *flags, secret_fd=file.fileno())
     assert process.stdout is not None
     lines: list[str] = []
     try:
@@ -95,7 +91,10 @@ def serving(checkpoint: Path, *flags: str) -> Iterator[Served]:
         else:
             raise AssertionError(f"it ended before it was ready: {process.communicate()[1]}")
         yield Served(
-            process=process, address=lines[-1].removeprefix("ready "), ready_lines=lines[:-1]
+            process=process,
+            address=lines[-1].removeprefix("ready "),
+            ready_lines=lines[:-1],
+            secret=secret,
         )
     finally:
         if process.poll() is None:
@@ -105,6 +104,20 @@ def serving(checkpoint: Path, *flags: str) -> Iterator[Served]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
+
+
+def _start(checkpoint: Path, *flags: str, secret_fd: int) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [
+            *(JANUS, "serve", str(checkpoint), "--listen", "127.0.0.1:0", "--dtype", "fp32"),
+            # All that a small model can use, however large the machine.
+            *("--kv-cache-gib", "0.25", "--cluster-secret-file", f"/dev/fd/{secret_fd}", *flags),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=[secret_fd],
+    )
 
 
 def run_janus(*arguments: str, timeout: float = START_S) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,7 @@ from janus_server.attention.engine_thread import EngineThread, StepResult
 from janus_server.attention.memory import attention_needs, free_kv_bytes, with_kv_bytes
 from janus_server.attention.service import AttentionWorkerService
 from janus_server.attention.weights import load_attention_weights
+from janus_server.comm.authentication import read_secret, start_internal_server
 from janus_server.comm.base import ExpertPool
 from janus_server.comm.config import SIGNS_PER_TIMEOUT
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
@@ -22,7 +23,6 @@ from janus_server.comm.gloo import GlooExpertPool
 from janus_server.comm.gloo_group import join_group
 from janus_server.comm.lifecycle import run_until_stopped
 from janus_server.comm.work_thread import WorkThread
-from janus_server.grpc_server import start_server
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.compute_identity import compute_identity
 from janus_server.model.config import context_limit
@@ -81,13 +81,15 @@ async def serve(
     context_limit(checkpoint.spec, config.engine.max_context)
     use_cpu(config.threads)
     service = AttentionWorkerService()
-    server = await start_server(
+    secret = read_secret(config.comm)
+    server = await start_internal_server(
         lambda grpc_server: add_AttentionWorkerServiceServicer_to_server(service, grpc_server),
         [worker_pb2.DESCRIPTOR.services_by_name["AttentionWorkerService"].full_name],
         config.listen,
+        secret,
     )
     announce(server.address)
-    control = ControlClient(config.controller)
+    control = ControlClient(config.controller, secret)
     try:
         await run_until_stopped(
             _serve_epoch(config, checkpoint, service, control, server.address, join),

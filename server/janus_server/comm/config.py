@@ -1,4 +1,4 @@
-"""Deadlines of the traffic between processes."""
+"""Deadlines and the secret of the traffic between processes."""
 
 from dataclasses import dataclass
 
@@ -17,6 +17,11 @@ class CommConfig:
 
     comm_timeout_s: Seconds = 60.0
     """Longest wait for a peer's data within a step before the peer counts as lost, in seconds."""
+
+    cluster_secret_file: str = ""
+    """File with the secret that all processes of a cluster show each other; users other than its
+    owner and group must not be able to read it. Empty: `janus serve` makes a secret for each run;
+    a process started by hand has none, and then listens on loopback alone."""
 
     startup_timeout_s: Seconds = 600.0
     """Longest wait for all workers to load, meet and become ready, in seconds."""

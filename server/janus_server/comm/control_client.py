@@ -15,6 +15,7 @@ import grpc.aio
 
 from janus_proto.v1 import control_pb2
 from janus_proto.v1.control_pb2_grpc import ControlServiceStub
+from janus_server.comm.authentication import ClusterSecret, Metadata, metadata_of
 from janus_server.comm.load_report import LoadReport
 from janus_server.errors import ConfigError, UnavailableError
 from janus_server.grpc_server import channel_options
@@ -26,21 +27,31 @@ LOST_AFTER_INTERVALS = 10
 
 _RECONNECT_TIMEOUT_S = 30.0
 
+_IS_ANOTHER = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAUTHENTICATED)
+"""Answers of a controller that is not the one at which this worker registered."""
+
 _LOAD_DEADLINE_S = 0.5
 """How long a heartbeat waits for the load that it reports, in seconds."""
 
 
 class ControlClient:
-    """A connection to the controller at `address` (HOST:PORT); `close` it."""
+    """A connection to the controller at `address` (HOST:PORT); `close` it.
+
+    `secret` is that of the cluster, None where it has none.
+    """
+
+    metadata: Metadata
+    """What each call to a process of this cluster carries."""
 
     lost: asyncio.Event
     """Set once the controller stays silent or no longer knows this worker."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, secret: ClusterSecret | None = None) -> None:
         self.address = address
         self.lost = asyncio.Event()
         self._channel = grpc.aio.insecure_channel(address, options=channel_options())
         self._stub = ControlServiceStub(self._channel)
+        self.metadata = metadata_of(secret)
         self._worker_id = ""
         self._ready_epoch = 0
         self._wake = asyncio.Event()
@@ -55,11 +66,14 @@ class ControlClient:
         """
         worker.pid = os.getpid()
         try:
-            response = await self._stub.Register(worker, timeout=timeout_s, wait_for_ready=True)
+            response = await self._stub.Register(
+                worker, metadata=self.metadata, timeout=timeout_s, wait_for_ready=True
+            )
         except grpc.aio.AioRpcError as error:
             if error.code() in (
                 grpc.StatusCode.FAILED_PRECONDITION,
                 grpc.StatusCode.INVALID_ARGUMENT,
+                grpc.StatusCode.UNAUTHENTICATED,
             ):
                 raise ConfigError(f"the controller refused: {error.details()}") from None
             raise UnavailableError(
@@ -91,7 +105,9 @@ class ControlClient:
         which the controller could not be reached.
         """
         while True:
-            call = self._stub.WatchEpochs(control_pb2.WatchEpochsRequest(), wait_for_ready=True)
+            call = self._stub.WatchEpochs(
+                control_pb2.WatchEpochsRequest(), metadata=self.metadata, wait_for_ready=True
+            )
             try:
                 # The first message is sent at once, so that waiting for it is waiting to connect.
                 response = await asyncio.wait_for(call.read(), timeout_s)
@@ -129,12 +145,15 @@ class ControlClient:
                 worker_id=self._worker_id, ready_epoch=self._ready_epoch, expert_load=load
             )
             try:
-                await self._stub.Heartbeat(request, timeout=LOST_AFTER_INTERVALS * interval_s)
+                await self._stub.Heartbeat(
+                    request,
+                    metadata=self.metadata,
+                    timeout=LOST_AFTER_INTERVALS * interval_s,
+                )
                 answered_at = loop.time()
             except grpc.aio.AioRpcError as error:
                 silent_s = loop.time() - answered_at
-                is_unknown = error.code() == grpc.StatusCode.NOT_FOUND
-                if is_unknown or silent_s >= LOST_AFTER_INTERVALS * interval_s:
+                if error.code() in _IS_ANOTHER or silent_s >= LOST_AFTER_INTERVALS * interval_s:
                     logger.error(
                         "lost the controller at %s after %.1f s: %s",
                         self.address,

@@ -6,6 +6,7 @@ import socket
 
 from janus_proto.v1.control_pb2_grpc import add_ControlServiceServicer_to_server
 from janus_server import process
+from janus_server.comm.authentication import read_secret, start_internal_server
 from janus_server.controller.config import ControllerConfig
 from janus_server.controller.membership import (
     HEARTBEAT_INTERVAL_S,
@@ -16,7 +17,7 @@ from janus_server.controller.membership import (
 from janus_server.controller.placement import first_placement
 from janus_server.controller.registration import Deployment
 from janus_server.controller.service import SERVICE_NAME, ControlService
-from janus_server.grpc_server import check_can_listen, start_server
+from janus_server.grpc_server import check_can_listen
 from janus_server.model.checkpoint import Checkpoint
 
 _STOP_GRACE_S = 1.0
@@ -34,13 +35,15 @@ async def main(config: ControllerConfig, stop: asyncio.Event) -> None:
         placement=first_placement(config.pools, checkpoint.spec) if has_experts else None,
         schedule=config.schedule,
     )
+    secret = read_secret(config.comm)
     host, _ = check_can_listen(config.listen)
     store, store_address = _open_store(host)
     service = ControlService(membership, store_address=store_address)
-    server = await start_server(
+    server = await start_internal_server(
         lambda grpc_server: add_ControlServiceServicer_to_server(service, grpc_server),
         [SERVICE_NAME],
         config.listen,
+        secret,
     )
     try:
         server.set_serving(True)

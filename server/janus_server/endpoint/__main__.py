@@ -3,6 +3,7 @@
 import asyncio
 
 from janus_proto.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+from janus_server.comm.authentication import read_secret
 from janus_server.comm.control_client import ControlClient
 from janus_server.endpoint.config import EndpointConfig
 from janus_server.endpoint.limits import public_limits
@@ -23,7 +24,7 @@ async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
     checkpoint = Checkpoint.open(config.model.checkpoint)
     max_context = context_limit(checkpoint.spec, config.max_context)
     tokenizer = load_tokenizer(checkpoint.path)
-    control = ControlClient(config.controller)
+    control = ControlClient(config.controller, read_secret(config.comm))
     pool = WorkerPool(control)
     service = InferenceService(
         checkpoint,

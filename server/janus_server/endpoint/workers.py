@@ -9,6 +9,7 @@ import grpc.aio
 
 from janus_proto.v1 import control_pb2, inference_pb2, worker_pb2
 from janus_proto.v1.worker_pb2_grpc import AttentionWorkerServiceStub
+from janus_server.comm.authentication import Metadata
 from janus_server.comm.control_client import ControlClient
 from janus_server.endpoint.streams import RequestStream
 from janus_server.errors import RequestFailedError, UnavailableError
@@ -22,11 +23,13 @@ _RECONNECT_S = 0.5
 class WorkerLink:
     """The stream to one attention worker: commands in, the tokens of every step out."""
 
-    def __init__(self, worker: control_pb2.Worker) -> None:
+    def __init__(self, worker: control_pb2.Worker, metadata: Metadata) -> None:
+        """`metadata` is what each call to the worker carries."""
         self.worker_id = worker.worker_id
         self.load: worker_pb2.EngineLoad | None = None
         """As of its last message; None while there is no connection."""
         self._address = worker.address
+        self._metadata = metadata
         self._streams: dict[str, RequestStream] = {}
         self._commands: asyncio.Queue[worker_pb2.RunRequest | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._run(), name=f"link to {self.worker_id}")
@@ -84,7 +87,10 @@ class WorkerLink:
 
     async def _exchange(self, channel: grpc.aio.Channel) -> None:
         stub = AttentionWorkerServiceStub(channel)
-        async for response in stub.Run(self._outgoing(self._commands), wait_for_ready=True):
+        call = stub.Run(
+            self._outgoing(self._commands), metadata=self._metadata, wait_for_ready=True
+        )
+        async for response in call:
             self.load = response.load
             for output in response.outputs:
                 stream = self._streams.get(output.request_id)
@@ -154,4 +160,4 @@ class WorkerPool:
         for worker_id in self._links.keys() - workers.keys():
             await self._links.pop(worker_id).close()
         for worker_id in workers.keys() - self._links.keys():
-            self._links[worker_id] = WorkerLink(workers[worker_id])
+            self._links[worker_id] = WorkerLink(workers[worker_id], self._control.metadata)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from janus_proto.v1 import control_pb2
+from janus_server.comm.authentication import read_secret
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.comm.epoch import costs_message, group_config, placement_of, scheduling_of
 from janus_server.comm.gloo import GlooAttentionPool
@@ -35,7 +36,7 @@ async def main(config: ExpertConfig, stop: asyncio.Event) -> None:
     """Serve until the attention workers close, or until `stop` is set and a grace is over."""
     use_cpu(config.threads)
     checkpoint = Checkpoint.open(config.model.checkpoint)
-    control = ControlClient(config.controller)
+    control = ControlClient(config.controller, read_secret(config.comm))
     try:
         await run_until_stopped(
             _serve_epoch(config, checkpoint, control), stop=stop, control=control

@@ -163,6 +163,7 @@ def _by_share(ids_TK: Array, tokens_ER: Array) -> Array:
     A token's index times the golden ratio, modulo 1, decides: that is even over any run of tokens,
     and no token needs to know how many came before it. A replica whose share is all gets all.
     """
+    # Both in 1/65536, as the GPU kernel keeps them in 32 bits.
     place_T = (np.arange(ids_TK.shape[0]) * _GOLDEN & 0xFFFFFFFF) >> 16
     total_E1 = np.maximum(tokens_ER.sum(axis=1, keepdims=True), 1)
     upper_ER = (tokens_ER.cumsum(axis=1) << 16) // total_E1
@@ -234,6 +235,7 @@ def _greedy(
     forced_BE[:, order] = False
     loads_BW = _forced(forced_BE, replicas)
     chosen_BE = np.where(active_BE, 0, -1)
+    # Experts one by one, as each choice depends on those before; all batches together.
     for expert in order:
         batches = np.flatnonzero(active_BE[:, expert])
         hosts = replicas.workers_ER[expert, : replicas.num_replicas_E[expert]]
@@ -289,6 +291,7 @@ def _split(tokens_E: Array, replicas: LayerReplicas) -> Array:
         for expert in np.flatnonzero((replicas.num_replicas_E > 1) & (tokens_E > 0)):
             num_replicas = replicas.num_replicas_E[expert]
             hosts = replicas.workers_ER[expert, :num_replicas]
+            # Taken out and poured anew: in the second sweep over loads that are complete.
             loads_W[hosts] -= tokens_ER[expert, :num_replicas]
             tokens_ER[expert, :num_replicas] = fill_up(loads_W[hosts], int(tokens_E[expert]))
             loads_W[hosts] += tokens_ER[expert, :num_replicas]

@@ -13,7 +13,7 @@ import heapq
 from collections.abc import Sequence
 
 _HEAP_SLACK = 64
-"""Stale heap entries that are tolerated in a pool of any size, so that rebuilding stays rare."""
+"""Stale heap entries that are tolerated even in a small pool, so that rebuilding stays rare."""
 
 
 def block_runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
@@ -128,6 +128,7 @@ class BlockAllocator:
             end = start - negative_length
             if self._end_of.get(start) == end:
                 return start, end
+            # This run was taken or joined since; a heap cannot drop entries from its middle.
             heapq.heappop(self._by_length)
 
     def _add_run(self, start: int, end: int) -> None:

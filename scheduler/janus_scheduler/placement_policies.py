@@ -211,6 +211,7 @@ def _pack(
     """
     held: list[list[int]] = [[] for _ in range(num_workers)]
     replicas = np.repeat(np.arange(len(counts_E)), num_replicas_E)
+    # Stable, so that equal loads come in the same order everywhere.
     heaviest_first = np.argsort(-(counts_E / num_replicas_E)[replicas], kind="stable")
     for expert in replicas[heaviest_first].tolist():
         free = [worker for worker in range(num_workers) if len(held[worker]) < slots_per_worker]
@@ -308,6 +309,7 @@ def _relieve(
     changed = table_WC.copy()
     changed[worker, slot] = expert
     has_spare = given_up != EMPTY and replicas.num_replicas_E[given_up] > 1
+    # A copy changes how many replicas the two experts have, an exchange does not: both are tried.
     if not has_spare or rng.random() < 0.5:
         if given_up != EMPTY and given_up in table_WC[fullest]:
             return changed if has_spare else None

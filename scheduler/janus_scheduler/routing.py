@@ -36,6 +36,7 @@ def expert_counts(ids_NK: ExpertIds, num_experts: int) -> npt.NDArray[np.int64]:
 
 def coactivation(ids_NK: ExpertIds, num_experts: int) -> npt.NDArray[np.int64]:
     """Tokens that chose both experts, [E, E]; 0 on the diagonal."""
+    # NumPy multiplies integer matrices slowly; float32 is exact up to 2**24 tokens.
     chosen_NE = np.zeros((len(ids_NK), num_experts), dtype=np.float32)
     np.put_along_axis(chosen_NE, ids_NK.astype(np.int64), 1.0, axis=1)
     both_EE: npt.NDArray[np.int64] = np.rint(chosen_NE.T @ chosen_NE).astype(np.int64)

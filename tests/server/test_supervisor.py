@@ -129,35 +129,35 @@ def test_who_waits_for_a_child_that_is_stopped_is_not_killed() -> None:
     """The second child ends when the first has; the first cannot."""
 
     async def check() -> None:
-        async with supervisor() as one:
-            frozen = await one.spawn("frozen", "timeit", statement(STUBBORN), announces=True)
-            waiter = await one.spawn(
+        async with supervisor() as parent:
+            frozen = await parent.spawn("frozen", "timeit", statement(STUBBORN), announces=True)
+            waiter = await parent.spawn(
                 "waiter", "timeit", statement(WAITER.format(pid=frozen.pid)), announces=True
             )
             await asyncio.gather(frozen.address(), waiter.address())
             os.kill(frozen.pid, signal.SIGSTOP)
-            await one.end([frozen, waiter], timeout_s=1)
+            await parent.end([frozen, waiter], timeout_s=1)
             assert (await frozen.exited, await waiter.exited) == (-9, 0)
             assert (frozen.was_frozen, waiter.was_frozen) == (True, False)
             assert (frozen.is_late, waiter.is_late) == (False, False)
-            assert not one.has_failed
+            assert not parent.has_failed
 
     asyncio.run(check())
 
 
 def test_a_child_that_somebody_kills_is_named_even_if_a_peer_ended_sooner() -> None:
     async def check() -> None:
-        async with supervisor() as one:
-            victim = await one.spawn("victim", "timeit", statement(STUBBORN), announces=True)
+        async with supervisor() as parent:
+            victim = await parent.spawn("victim", "timeit", statement(STUBBORN), announces=True)
             await victim.address()
-            await one.spawn("peer", "timeit", statement("import os; os._exit(1)"))
+            await parent.spawn("peer", "timeit", statement("import os; os._exit(1)"))
             with pytest.raises(PeerLostError, match="the peer"):
-                await one.wait_for_failure()
-            ending = asyncio.create_task(one.end(one.children, timeout_s=DEADLINE_S))
+                await parent.wait_for_failure()
+            ending = asyncio.create_task(parent.end(parent.children, timeout_s=DEADLINE_S))
             await asyncio.sleep(0)
             os.kill(victim.pid, signal.SIGKILL)
             await ending
-            assert one.failure == f"the victim (pid {victim.pid}) was killed by SIGKILL"
+            assert parent.failure == f"the victim (pid {victim.pid}) was killed by SIGKILL"
 
     asyncio.run(check())
 

@@ -101,8 +101,8 @@ def placement_of(epoch: control_pb2.Epoch) -> Placement:
         num_workers=message.num_workers,
         slots_per_worker=message.slots_per_worker,
         layers={
-            one.layer: np.array(one.slot_experts, dtype=np.int32).reshape(shape)
-            for one in message.layers
+            layer.layer: np.array(layer.slot_experts, dtype=np.int32).reshape(shape)
+            for layer in message.layers
         },
     )
 

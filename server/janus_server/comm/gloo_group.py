@@ -1,7 +1,7 @@
 """An epoch's group of processes over gloo: meeting it, what is used of it, and closing it.
 
-Gloo's deadlines are counted from the wait, not from the post; one that passes closes the whole
-group of this process, for every thread. So wait only where somebody is overdue when it passes.
+The time of a gloo deadline starts with the wait, not with the post. When a deadline passes, the whole
+group of this process is closed, for every thread: so wait only where a peer is overdue by then.
 """
 
 import re
@@ -21,14 +21,15 @@ from janus_server.errors import PeerLostError
 _CPP_PLACE = re.compile(r"^\[[^\]]*\.cc:\d+\] ")
 _CLOSED_HERE = "Application timeout caused pair closure"
 _UNUSED_TAG = 2**30
+"""Nothing is ever sent under it."""
 
 
 class GroupClosedError(PeerLostError):
-    """Another thread of this process closed the group, and has the better reason."""
+    """Another thread of this process closed the group, and knows the reason."""
 
 
 class Group(Protocol):
-    """The part of ProcessGroupGloo that is used; torch's type stubs leave it out."""
+    """The part of ProcessGroupGloo that is used here; torch has no type stubs for it."""
 
     def send(self, tensors: list[torch.Tensor], rank: int, tag: int) -> PendingTransfer:
         """Send one contiguous CPU tensor, which must live until the transfer is done."""
@@ -52,7 +53,8 @@ def join_group(config: GroupConfig) -> Group:
         store = dist.PrefixStore(
             config.prefix, dist.TCPStore(host, int(port), timeout=join_timeout)
         )
-        # Gloo has one timeout for all: it would bound the loading of weights as well.
+        # Waited for here, since gloo's only timeout is that of a step: too short for peers that
+        # still load weights.
         store.set(f"arrived-{config.rank}", "")
         store.wait([f"arrived-{rank}" for rank in range(size)], join_timeout)
         group: Group = gloo(store, config.rank, size, options)
@@ -60,11 +62,11 @@ def join_group(config: GroupConfig) -> Group:
 
 
 def close_group(group: Group, peer: int) -> None:
-    """Close the connections to all peers, of which `peer` is one.
+    """Close the connections to all peers; `peer` is the rank of any of them.
 
-    Whoever waits for the group, in any thread here or on the other side, raises at once.
+    All threads that wait for the group, here and on the other side, raise at once.
     """
-    # Its own `abort` and `shutdown` leave waiting threads waiting; a deadline that passes does not.
+    # Gloo's `abort` and `shutdown` leave waiting threads waiting; a deadline that passes does not.
     with suppress(RuntimeError):
         arrival = group.recv([torch.zeros(1)], peer, _UNUSED_TAG)
         arrival.wait(timedelta(milliseconds=1))
@@ -76,7 +78,7 @@ def peer_errors(when: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # Without the C++ file in front, and gloo's advice and the C++ trace behind.
+        # Only the reason: the C++ file before it, gloo's advice and the C++ trace are left out.
         reason = _CPP_PLACE.sub("", str(error).partition("\n")[0]).partition(". This is")[0]
         kind = GroupClosedError if reason.startswith(_CLOSED_HERE) else PeerLostError
         raise kind(f"a peer of the group was lost {when}: {reason}") from error

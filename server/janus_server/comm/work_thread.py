@@ -25,7 +25,7 @@ class WorkThread(Generic[T]):
         self._name = name
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[T] = self._loop.create_future()
-        # That nobody may be waiting for a failure any more is no second one.
+        # Reads the exception, so that asyncio does not complain if nobody waits for it.
         self._done.add_done_callback(asyncio.Future.exception)
         threading.Thread(target=self._run, args=(work,), name=name, daemon=True).start()
 

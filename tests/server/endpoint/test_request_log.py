@@ -32,7 +32,9 @@ LENGTH = inference_pb2.FINISH_REASON_LENGTH
 def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
     name = "janus_server.endpoint.service"
     return [
-        one.getMessage() for one in caplog.records if (one.name, one.levelname) == (name, "INFO")
+        record.getMessage()
+        for record in caplog.records
+        if (record.name, record.levelname) == (name, "INFO")
     ]
 
 

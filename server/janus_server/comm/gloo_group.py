@@ -1,7 +1,8 @@
 """An epoch's group of processes over gloo: meeting it, what is used of it, and closing it.
 
-The time of a gloo deadline starts with the wait, not with the post. When a deadline passes, the whole
-group of this process is closed, for every thread: so wait only where a peer is overdue by then.
+The time of a gloo deadline starts with the wait, not with the post. When a deadline passes, the
+whole group of this process is closed, for every thread: so wait only where a peer is overdue by
+then.
 """
 
 import re

@@ -54,6 +54,10 @@ class FakeAttentionWorker(AttentionWorkerServiceServicer):
         )
         self._outbox.put_nowait(worker_pb2.RunResponse(outputs=[output], load=self.load))
 
+    def show_life(self) -> None:
+        """Say no more than that there is somebody."""
+        self._outbox.put_nowait(worker_pb2.RunResponse(load=self.load))
+
     def break_stream(self) -> None:
         """End the stream to the endpoint with an error."""
         self._outbox.put_nowait(None)

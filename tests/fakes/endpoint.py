@@ -117,6 +117,7 @@ async def running_endpoint(
     folder: Path,
     *,
     admission: AdmissionConfig = ADMISSION,
+    comm_timeout_s: float = CALL_S,
     has_tokenizer: bool = True,
     load: worker_pb2.EngineLoad = LOAD,
 ) -> AsyncIterator[Endpoint]:
@@ -132,7 +133,7 @@ async def running_endpoint(
         entry = await start_worker("attention-0", worker, stack)
         control = ControlClient(control_server.address)
         stack.push_async_callback(control.close)
-        pool = WorkerPool(control)
+        pool = WorkerPool(control, comm_timeout_s=comm_timeout_s)
         stack.push_async_callback(_cancel, asyncio.create_task(pool.follow()))
         service = InferenceService(
             Checkpoint(path=folder, spec=SMALL_SPEC, family=qwen3_moe.FAMILY, tensors={}),

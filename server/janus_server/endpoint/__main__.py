@@ -25,7 +25,7 @@ async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
     max_context = context_limit(checkpoint.spec, config.max_context)
     tokenizer = load_tokenizer(checkpoint.path)
     control = ControlClient(config.controller, read_secret(config.comm))
-    pool = WorkerPool(control)
+    pool = WorkerPool(control, comm_timeout_s=config.comm.comm_timeout_s)
     service = InferenceService(
         checkpoint,
         tokenizer,

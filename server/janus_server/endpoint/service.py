@@ -176,7 +176,9 @@ class InferenceService(InferenceServiceServicer):
         if request.HasField("text"):
             validation.check_text(request.text, bounds)
             assert self._tokenizer is not None, "check_text refuses text without a tokenizer"
-            prompt_ids = await self._tokenizer.encode(request.text)
+            prompt_ids = await self._tokenizer.encode(
+                request.text, lambda length: validation.check_prompt_length(length, bounds)
+            )
         validation.check_prompt(prompt_ids, bounds)
         return list(prompt_ids)
 

@@ -65,8 +65,8 @@ class RequestStream:
     async def take(self) -> Delta:
         """Wait for something new and take all of it; raises what `fail` was given.
 
-        Has no deadline of its own: the call's deadline cancels it, and a worker that is lost or
-        stays silent fails the stream.
+        Its deadline is that of the worker's link, which fails the streams of a worker that is lost
+        or silent: the queue of a worker that works may be long.
         """
         await self._changed.wait()
         if self._error is not None:

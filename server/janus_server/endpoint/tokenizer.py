@@ -1,19 +1,25 @@
 """Text to token ids and back, with the checkpoint's own tokenizer.json."""
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tokenizers
 
-from janus_server.errors import CheckpointError
+from janus_server.errors import CheckpointError, OverloadedError, RequestFailedError
 from janus_server.input_file import is_there, read_file
+
+logger = logging.getLogger(__name__)
 
 _FILE = "tokenizer.json"
 _MAX_BYTES = 2**28
 """Several times the largest that is known."""
-_NUM_THREADS = 2
+_SHORT_BYTES = 16 * 2**10
+"""A text up to this size takes about 10 ms; the longest ones take seconds."""
+ENCODE_TIMEOUT_S = 30.0
+"""How long a prompt may wait for its token ids, behind others of its kind, in seconds."""
 _MAX_UNFINISHED = 64
 """Tokens that may wait to become text; more are taken for what they are, if only to be shown."""
 
@@ -37,17 +43,35 @@ def check_tokenizer(checkpoint: Path) -> None:
 class Tokenizer:
     """The tokenizer of a checkpoint; `close` it."""
 
-    def __init__(self, path: Path) -> None:
-        """Read tokenizer.json at `path`; raises CheckpointError where it is unusable."""
-        self._tokenizer = _read(path)
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
+    def __init__(self, path: Path, *, timeout_s: float = ENCODE_TIMEOUT_S) -> None:
+        """Read tokenizer.json at `path`; raises CheckpointError where it is unusable.
 
-    async def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, off the event loop: a long text takes long."""
+        `timeout_s` is how long `encode` may take, waiting included.
+        """
+        self._timeout_s = timeout_s
+        self._tokenizer = _read(path)
+        # One thread for each kind, so that long texts, which are a client's choice, keep only each
+        # other waiting.
+        self._short, self._long = (
+            ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer of {kind} texts")
+            for kind in ("short", "long")
+        )
+
+    async def encode(self, text: str, check_length: Callable[[int], None]) -> list[int]:
+        """Token ids of a prompt, off the event loop.
+
+        `check_length` is called with their number before there is a list of them, and raises what
+        this raises where it is too large. Raises OverloadedError when that takes too long.
+        """
+        threads = self._short if len(text) <= _SHORT_BYTES else self._long
         loop = asyncio.get_running_loop()
-        encoding = await loop.run_in_executor(self._threads, self._tokenizer.encode, text)
-        ids: list[int] = encoding.ids
-        return ids
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await loop.run_in_executor(threads, self._encode, text, check_length)
+        except TimeoutError:
+            raise OverloadedError(
+                f"the prompt waited for {self._timeout_s:g} s to be tokenized; try again later"
+            ) from None
 
     def detokenizer(self) -> "Detokenizer":
         """A detokenizer for one stream."""
@@ -55,7 +79,19 @@ class Tokenizer:
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(cancel_futures=True)
+        for threads in (self._short, self._long):
+            threads.shutdown(cancel_futures=True)
+
+    def _encode(self, text: str, check_length: Callable[[int], None]) -> list[int]:
+        try:
+            # Fast, as it keeps no positions in the text: they are most of the time and memory.
+            [encoding] = self._tokenizer.encode_batch_fast([text])
+        except BaseException:  # a panic of the library is no Exception
+            logger.exception("the tokenizer failed at a text of %d characters", len(text))
+            raise RequestFailedError("the tokenizer failed at the prompt") from None
+        check_length(len(encoding))
+        ids: list[int] = encoding.ids
+        return ids
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:

@@ -65,15 +65,20 @@ def check_text(text: str, bounds: Bounds) -> None:
 
 
 def check_prompt(prompt_ids: Sequence[int], bounds: Bounds) -> None:
-    """Refuse an empty prompt, one without room for a completion, and unknown token ids."""
-    if not prompt_ids:
+    """Refuse a prompt of a length that cannot be served, and unknown token ids."""
+    check_prompt_length(len(prompt_ids), bounds)
+    _check_token_ids("the prompt", prompt_ids, bounds)
+
+
+def check_prompt_length(num_tokens: int, bounds: Bounds) -> None:
+    """Refuse an empty prompt, and one without room for a completion."""
+    if num_tokens == 0:
         raise InvalidRequestError("the prompt is empty: it needs at least one token")
-    if len(prompt_ids) >= bounds.max_context:
+    if num_tokens >= bounds.max_context:
         raise InvalidRequestError(
-            f"the prompt has {len(prompt_ids)} tokens; with at least one token to generate, the "
+            f"the prompt has {num_tokens} tokens; with at least one token to generate, the "
             f"context holds prompts of up to {bounds.max_context - 1}"
         )
-    _check_token_ids("the prompt", prompt_ids, bounds)
 
 
 def complete_sampling(

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc.aio
 
@@ -18,18 +19,29 @@ from janus_server.grpc_server import channel_options
 logger = logging.getLogger(__name__)
 
 _RECONNECT_S = 0.5
+_CLOSE_TIMEOUT_S = 1.0
+"""How long a link that is not wanted any more may take to close, in seconds."""
 
 
 class WorkerLink:
-    """The stream to one attention worker: commands in, the tokens of every step out."""
+    """The stream to one attention worker: commands in, the tokens of every step out.
 
-    def __init__(self, worker: control_pb2.Worker, metadata: Metadata) -> None:
+    A worker shows several times within its `comm_timeout_s` that its engine does not hang, however
+    long its queue and its steps are. So its silence is what ends the waiting for it.
+    """
+
+    def __init__(
+        self, worker: control_pb2.Worker, metadata: Metadata, *, comm_timeout_s: float
+    ) -> None:
         """`metadata` is what each call to the worker carries."""
         self.worker_id = worker.worker_id
         self.load: worker_pb2.EngineLoad | None = None
         """As of its last message; None while there is no connection."""
         self._address = worker.address
         self._metadata = metadata
+        self._comm_timeout_s = comm_timeout_s
+        self._was_silent = False
+        """Whether the last connection ended because the worker said nothing."""
         self._streams: dict[str, RequestStream] = {}
         self._commands: asyncio.Queue[worker_pb2.RunRequest | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._run(), name=f"link to {self.worker_id}")
@@ -61,10 +73,11 @@ class WorkerLink:
     async def close(self) -> None:
         """End the stream; the worker drops what it still has from here."""
         self._task.cancel()
-        await asyncio.wait({self._task})
+        await asyncio.wait({self._task}, timeout=_CLOSE_TIMEOUT_S)
 
     async def _run(self) -> None:
         while True:
+            lost = f"attention worker {self.worker_id} was lost"
             try:
                 async with grpc.aio.insecure_channel(
                     self._address, options=channel_options()
@@ -73,10 +86,14 @@ class WorkerLink:
                 reason = "it ended the stream"
             except grpc.aio.AioRpcError as error:
                 reason = error.details() or error.code().name
+            except TimeoutError:
+                self._was_silent = True
+                reason = f"it said nothing for {self._comm_timeout_s:g} s"
+                lost = f"{lost}: {reason}"
             finally:
                 self.load = None
                 for stream in self._streams.values():
-                    stream.fail(UnavailableError(f"attention worker {self.worker_id} was lost"))
+                    stream.fail(UnavailableError(lost))
                 self._streams.clear()
                 # Ends what sends commands: gRPC would let it wait for more after the stream's end.
                 self._commands.put_nowait(None)
@@ -90,7 +107,11 @@ class WorkerLink:
         call = stub.Run(
             self._outgoing(self._commands), metadata=self._metadata, wait_for_ready=True
         )
-        async for response in call:
+        while isinstance(response := await self._next(call), worker_pb2.RunResponse):
+            if self._was_silent:
+                # The first message says that there is a connection, the next that the engine runs.
+                self._was_silent = False
+                continue
             self.load = response.load
             for output in response.outputs:
                 stream = self._streams.get(output.request_id)
@@ -102,6 +123,10 @@ class WorkerLink:
                     stream.fail(RequestFailedError(output.failure))
                 stream.put(output)
 
+    async def _next(self, call: Any) -> Any:
+        async with asyncio.timeout(self._comm_timeout_s):
+            return await call.read()
+
     async def _outgoing(
         self, commands: asyncio.Queue[worker_pb2.RunRequest | None]
     ) -> AsyncIterator[worker_pb2.RunRequest]:
@@ -112,8 +137,10 @@ class WorkerLink:
 class WorkerPool:
     """Follows the epochs and keeps one link to each attention worker of the current one."""
 
-    def __init__(self, control: ControlClient) -> None:
+    def __init__(self, control: ControlClient, *, comm_timeout_s: float) -> None:
+        """A worker that is silent for `comm_timeout_s` seconds counts as lost."""
         self._control = control
+        self._comm_timeout_s = comm_timeout_s
         self._epoch = control_pb2.Epoch()
         self._links: dict[str, WorkerLink] = {}
 
@@ -160,4 +187,6 @@ class WorkerPool:
         for worker_id in self._links.keys() - workers.keys():
             await self._links.pop(worker_id).close()
         for worker_id in workers.keys() - self._links.keys():
-            self._links[worker_id] = WorkerLink(workers[worker_id], self._control.metadata)
+            self._links[worker_id] = WorkerLink(
+                workers[worker_id], self._control.metadata, comm_timeout_s=self._comm_timeout_s
+            )

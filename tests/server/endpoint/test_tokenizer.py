@@ -1,4 +1,5 @@
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from janus_server.endpoint.tokenizer import Detokenizer, Tokenizer
-from janus_server.errors import CheckpointError
+from janus_server.errors import CheckpointError, InvalidRequestError, OverloadedError
 
 TEXT = """Der Löwe 🦁 trifft 東京 und 👩‍👩‍👧‍👦; naïve café — “quoted”.
     def f(x):\n\treturn x ** 2  # ∀x∈∅
@@ -56,6 +57,10 @@ def stream(library: Library, token_ids: list[int]) -> list[str]:
     return [*(detokenizer.feed([token_id]) for token_id in token_ids), detokenizer.finish()]
 
 
+def any_length(length: int) -> None:
+    assert length > 0
+
+
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Iterator[Tokenizer]:
     BYTE_LEVEL.save(str(tmp_path / "tokenizer.json"))
@@ -64,8 +69,52 @@ def tokenizer(tmp_path: Path) -> Iterator[Tokenizer]:
     tokenizer.close()
 
 
+def test_a_text_with_too_many_tokens_is_refused_before_they_are_listed(
+    tokenizer: Tokenizer,
+) -> None:
+    def refuse(length: int) -> None:
+        raise InvalidRequestError(f"{length} tokens")
+
+    with pytest.raises(InvalidRequestError, match=r"^\d+ tokens$"):
+        asyncio.run(tokenizer.encode(TEXT, refuse))
+
+
+def test_short_texts_do_not_wait_for_long_ones(tokenizer: Tokenizer) -> None:
+    async def check() -> None:
+        long_is_checked = threading.Event()
+        short_is_done = threading.Event()
+
+        def wait(length: int) -> None:
+            long_is_checked.set()
+            assert short_is_done.wait(20)
+
+        long = [asyncio.create_task(tokenizer.encode("x" * 20_000, wait)) for _ in range(3)]
+        while not long_is_checked.is_set():
+            await asyncio.sleep(0.005)
+        assert await tokenizer.encode("x", any_length)
+        short_is_done.set()
+        for encoded in await asyncio.gather(*long):
+            assert encoded
+
+    asyncio.run(check())
+
+
+def test_a_text_that_waits_for_too_long(tmp_path: Path) -> None:
+    BYTE_LEVEL.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json", timeout_s=0.01)
+    given_up = threading.Event()
+
+    def wait(length: int) -> None:
+        assert given_up.wait(20)
+
+    with pytest.raises(OverloadedError, match=r"the prompt waited for 0\.01 s to be tokenized"):
+        asyncio.run(tokenizer.encode("x", wait))
+    given_up.set()
+    tokenizer.close()
+
+
 def test_text_comes_back_in_whole_characters(tokenizer: Tokenizer) -> None:
-    token_ids = asyncio.run(tokenizer.encode(TEXT))
+    token_ids = asyncio.run(tokenizer.encode(TEXT, any_length))
     assert len(token_ids) > 100
     pieces = stream(BYTE_LEVEL, token_ids)
     assert "".join(pieces) == TEXT

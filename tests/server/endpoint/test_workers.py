@@ -116,6 +116,33 @@ def test_a_worker_that_cannot_be_reached_is_not_ready(tmp_path: Path) -> None:
     within_deadline(check())
 
 
+def test_a_worker_that_says_nothing_is_given_up(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with running_endpoint(tmp_path, comm_timeout_s=0.2) as endpoint:
+            async with asyncio.timeout(20):
+                call, _ = await begin(endpoint)
+                code, sentence = await refused(call)
+            assert code is UNAVAILABLE
+            assert sentence == f"{LOST[1]}: it said nothing for 0.2 s"
+            # The first message after it shows no more than that there is a connection.
+            assert await refused_request(endpoint) == NOT_READY
+
+    within_deadline(check())
+
+
+def test_a_worker_that_shows_life_may_take_long(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with running_endpoint(tmp_path, comm_timeout_s=1) as endpoint:
+            call, submit = await begin(endpoint)
+            for _ in range(5):
+                endpoint.worker.show_life()
+                await asyncio.sleep(0.3)
+            endpoint.worker.put(submit, ids("ok"), LENGTH)
+            assert (await finished(call)).text == "ok"
+
+    within_deadline(check())
+
+
 def test_requests_go_where_the_fewest_are(tmp_path: Path) -> None:
     async def check() -> None:
         async with contextlib.AsyncExitStack() as stack:

@@ -20,6 +20,7 @@ from rich.text import Text
 from janus_proto.v1 import control_pb2, inference_pb2
 from janus_proto.v1.control_pb2_grpc import ControlServiceStub
 from janus_proto.v1.inference_pb2_grpc import InferenceServiceStub
+from janus_scheduler.request import MAX_TEMPERATURE
 from janus_server.bounds import Between
 from janus_server.cluster import Cluster, running_cluster
 from janus_server.cluster_plan import check_config
@@ -28,7 +29,6 @@ from janus_server.config import ServeConfig
 from janus_server.controller.config import PoolConfig
 from janus_server.controller.membership import HEARTBEAT_INTERVAL_S
 from janus_server.endpoint.config import AdmissionConfig
-from janus_server.endpoint.validation import MAX_TEMPERATURE
 from janus_server.errors import JanusError, UnavailableError
 from janus_server.grpc_server import channel_options
 from janus_server.launch import describe_worker, startup_progress

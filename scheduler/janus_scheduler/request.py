@@ -3,10 +3,26 @@
 import enum
 from dataclasses import dataclass, field
 
+MAX_TEMPERATURE = 100
+"""Beyond, every token is as likely as any other."""
+MAX_TOP_K = 2**31 - 1
+"""More than the vocabulary has is allowed and means all of it, as elsewhere."""
+MAX_SEED = 2**63 - 1
+"""What an int64 holds."""
+MAX_LOGPROBS = 20
+"""Most likely tokens reported at each position."""
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Refuse what is not from `low` to `high`, nan included; raises ValueError."""
+    if not low <= value <= high:
+        # A float32 has fewer digits than Python shows.
+        raise ValueError(f"{name} is {round(value, 7)}; it must be from {low} to {high}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How to choose tokens and when to stop; values are already within bounds."""
+    """How to choose tokens and when to stop; raises ValueError where a value is out of bounds."""
 
     temperature: float = 1.0
     """0: take the most likely token."""
@@ -20,6 +36,18 @@ class SamplingParams:
     """The model's own end tokens included, unless the request ignores them."""
     num_logprobs: int | None = None
     """None: report no log-probabilities; n: of the chosen token and the n most likely."""
+
+    def __post_init__(self) -> None:
+        check_range("temperature", self.temperature, 0, MAX_TEMPERATURE)
+        check_range("top_k", self.top_k, 0, MAX_TOP_K)
+        check_range("top_p", self.top_p, 0, 1)
+        if self.top_p == 0:
+            raise ValueError("top_p is 0, which leaves no token; use temperature 0")
+        check_range("min_p", self.min_p, 0, 1)
+        check_range("seed", self.seed, 0, MAX_SEED)
+        check_range("logprobs", self.num_logprobs or 0, 0, MAX_LOGPROBS)
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
 
 
 class FinishReason(enum.Enum):

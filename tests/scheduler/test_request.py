@@ -46,3 +46,33 @@ def test_params_never_change() -> None:
     params = SamplingParams(max_tokens=1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.max_tokens = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("temperature", value) for value in (-0.1, 100.1, float("inf"), float("nan"))),
+        *(("top_k", value) for value in (-1, 2**31)),
+        *(("top_p", value) for value in (-0.1, 0.0, 1.1, float("nan"))),
+        *(("min_p", value) for value in (-0.1, 1.1, float("nan"))),
+        *(("seed", value) for value in (-1, 2**63)),
+        *(("num_logprobs", value) for value in (-1, 21)),
+        *(("max_tokens", value) for value in (-1, 0)),
+    ],
+)
+def test_sampling_parameters_out_of_bounds(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{field.removeprefix('num_')} is "):
+        SamplingParams(**{"max_tokens": 1, field: value})
+
+
+def test_sampling_parameters_at_their_bounds() -> None:
+    for field, values in {
+        "temperature": (0, 100),
+        "top_k": (0, 2**31 - 1),
+        "top_p": (1e-9, 1),
+        "min_p": (0, 1),
+        "seed": (0, 2**63 - 1),
+        "num_logprobs": (None, 0, 20),
+    }.items():
+        for value in values:
+            SamplingParams(**{"max_tokens": 1, field: value})

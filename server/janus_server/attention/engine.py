@@ -8,7 +8,7 @@ import torch
 
 from janus_scheduler.batching import Batcher, SequencePlan, StepPlan
 from janus_scheduler.model_spec import ModelSpec
-from janus_scheduler.request import FinishReason, SamplingParams
+from janus_scheduler.request import FinishReason, SamplingParams, check_range
 from janus_scheduler.request import Sequence as RequestSequence
 from janus_server.attention.config import EngineConfig
 from janus_server.attention.kv_cache import KvCache
@@ -64,6 +64,7 @@ class Engine:
         self.max_context = context_limit(spec, config.max_context)
         num_blocks = _num_blocks(spec, config, embedding.dtype)
         self._config = config
+        self._vocab_size = spec.vocab_size
         self.num_blocks = num_blocks
         self.batcher = self._new_batcher()
         kv_cache = KvCache.allocate(
@@ -93,11 +94,17 @@ class Engine:
         total = len(prompt_ids) + params.max_tokens
         if request_id in self._params:
             raise ValueError(f"request id {request_id} is in use")
-        if not prompt_ids or params.max_tokens < 1:
-            raise ValueError(f"request {request_id} has no prompt or no tokens to generate")
+        if not prompt_ids:
+            raise ValueError(f"request {request_id} has no prompt")
         # The last token is sampled but never fed.
         if total > self.max_context or total - 1 > self.num_blocks * self.batcher.block_size:
             raise ValueError(f"request {request_id} needs room for {total} tokens, too many here")
+        if max(prompt_ids) >= self._vocab_size:
+            raise ValueError(
+                f"request {request_id} has the token id {max(prompt_ids)}; the vocabulary ends at "
+                f"{self._vocab_size - 1}"
+            )
+        check_range("logprobs", params.num_logprobs or 0, 0, self._vocab_size)
         self.batcher.add(
             RequestSequence(request_id=request_id, prompt_ids=prompt_ids, params=params)
         )

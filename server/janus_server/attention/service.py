@@ -22,6 +22,9 @@ _FINISH_REASONS = {
     FinishReason.ABORT: inference_pb2.FINISH_REASON_ABORT,
 }
 
+_MAX_ID_CHARS = 256
+"""Of a request's id at the worker: the client's, which is shorter, and what makes it unique."""
+
 _Outbox = asyncio.Queue[worker_pb2.RunResponse | None]
 """None: the stream ends."""
 
@@ -135,16 +138,29 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
     ) -> None:
         async for request in requests:
             if request.HasField("submit"):
-                submit = request.submit
-                if submit.request_id in self._outbox_of:
-                    logger.error("refused a second request with the id %s", submit.request_id)
-                    ended = _ended_output(submit.request_id, "its id at the worker is in use")
-                    outbox.put_nowait(worker_pb2.RunResponse(outputs=[ended], load=engine.load()))
-                    continue
-                self._outbox_of[submit.request_id] = outbox
-                engine.submit(submit.request_id, tuple(submit.prompt_ids), _params(submit.sampling))
-            elif request.HasField("abort"):
+                self._submit(engine, request.submit, outbox)
+            elif self._outbox_of.get(request.abort.request_id) is outbox:
                 engine.abort(request.abort.request_id)
+
+    def _submit(
+        self, engine: EngineThread, submit: worker_pb2.SubmitCommand, outbox: _Outbox
+    ) -> None:
+        try:
+            self._check_id(submit.request_id)
+            params = _params(submit.sampling)
+        except ValueError as error:
+            logger.error("refused a request: %s", error)
+            ended = _ended_output(submit.request_id, str(error))
+            outbox.put_nowait(worker_pb2.RunResponse(outputs=[ended], load=engine.load()))
+            return
+        self._outbox_of[submit.request_id] = outbox
+        engine.submit(submit.request_id, tuple(submit.prompt_ids), params)
+
+    def _check_id(self, request_id: str) -> None:
+        if not 1 <= len(request_id) <= _MAX_ID_CHARS or not request_id.isprintable():
+            raise ValueError(f"its id at the worker is {request_id[:_MAX_ID_CHARS]!a}")
+        if request_id in self._outbox_of:
+            raise ValueError(f"its id at the worker, {request_id}, is in use")
 
 
 def _params(sampling: inference_pb2.SamplingParams) -> SamplingParams:

@@ -1,29 +1,31 @@
 """Every bound of a request, in one place, so that all front ends hold the same ones.
 
+Those that an attention worker checks as well are in `janus_scheduler.request`.
+
 Each check raises InvalidRequestError with one sentence that names the field, its value and the
 bound. No check trusts what a client says of sizes.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from janus_proto.v1 import inference_pb2
+from janus_scheduler.request import (
+    MAX_LOGPROBS,
+    MAX_SEED,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    check_range,
+)
 from janus_server.errors import InvalidRequestError
 
-MAX_TEMPERATURE = 100
-"""Beyond, every token is as likely as any other."""
-MAX_SEED = 2**63 - 1
-"""What an int64 holds."""
 MAX_STOP_STRINGS = 16
 """Each is searched for in every delta."""
 MAX_STOP_CHARS = 256
 """Characters of one stop string; text this long is held back while it may be matched."""
 MAX_STOP_TOKEN_IDS = 64
 """Beside the model's own end tokens."""
-MAX_LOGPROBS = 20
-"""Most likely tokens reported at each position."""
 MAX_REQUEST_ID_CHARS = 128
 """Characters of a request id."""
 MAX_TEXT_BYTES_PER_TOKEN = 16
@@ -116,8 +118,7 @@ def complete_sampling(
 def check_sampling(sampling: inference_pb2.SamplingParams, bounds: Bounds) -> None:
     """Refuse values out of range; unset fields pass."""
     _check_range("temperature", sampling.temperature, 0, MAX_TEMPERATURE)
-    # More than the vocabulary has is allowed and means all of it, as elsewhere.
-    _check_range("top_k", sampling.top_k, 0, 2**31 - 1)
+    _check_range("top_k", sampling.top_k, 0, MAX_TOP_K)
     _check_range("min_p", sampling.min_p, 0, 1)
     _check_range("seed", sampling.seed, 0, MAX_SEED)
     _check_range("logprobs", sampling.logprobs, 0, min(MAX_LOGPROBS, bounds.vocab_size))
@@ -153,9 +154,10 @@ def _check_stops(sampling: inference_pb2.SamplingParams, bounds: Bounds) -> None
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not math.isfinite(value) or not low <= value <= high:
-        # A float32 has fewer digits than Python shows.
-        raise InvalidRequestError(f"{name} is {round(value, 7)}; it must be from {low} to {high}")
+    try:
+        check_range(name, value, low, high)
+    except ValueError as error:
+        raise InvalidRequestError(str(error)) from None
 
 
 def _check_token_ids(where: str, ids: Sequence[int], bounds: Bounds) -> None:

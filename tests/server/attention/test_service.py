@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -90,6 +91,91 @@ def test_each_request_ends_with_its_own_outcome(folder: Path) -> None:
             )
             assert "needs room for 5001 tokens" in ends["too long"].failure
             call.cancel()
+
+    asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
+
+
+BROKEN_SUBMITS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "has no prompt": ({"prompt_ids": []}, {}),
+    "has the token id 256; the vocabulary ends at 255": ({"prompt_ids": [1, 256, 2]}, {}),
+    "has the token id 2147483648": ({"prompt_ids": [2**31]}, {}),
+    "has the token id 4294967295": ({"prompt_ids": [2**32 - 1]}, {}),
+    "its id at the worker is ''": ({"request_id": ""}, {}),
+    "its id at the worker is 'a\\nb'": ({"request_id": "a\nb"}, {}),
+    "its id at the worker is 'xxx": ({"request_id": "x" * 257}, {}),
+    "temperature is nan": ({}, {"temperature": float("nan")}),
+    "temperature is -1.0": ({}, {"temperature": -1.0}),
+    "temperature is inf": ({}, {"temperature": float("inf")}),
+    "top_k is -1": ({}, {"top_k": -1}),
+    "top_p is nan": ({}, {"top_p": float("nan")}),
+    "top_p is 0, which leaves no token": ({}, {"top_p": 0.0}),
+    "top_p is 1.5": ({}, {"top_p": 1.5}),
+    "min_p is 2.0": ({}, {"min_p": 2.0}),
+    "seed is -1": ({}, {"seed": -1}),
+    "logprobs is 21": ({}, {"logprobs": 21}),
+    "logprobs is -1": ({}, {"logprobs": -1}),
+    "max_tokens is 0": ({}, {"max_tokens": 0}),
+    "needs room for 2147483649 tokens": ({}, {"max_tokens": 2**31 - 1}),
+    "needs room for 5001 tokens": ({"prompt_ids": [1] * 4999}, {}),
+}
+
+
+def test_what_no_endpoint_may_submit_ends_alone_and_says_why(folder: Path) -> None:
+    async def check() -> None:
+        async with running_service(folder) as stub:
+            call = stub.Run()
+            await call.read()
+            for sentence, (fields, sampling) in BROKEN_SUBMITS.items():
+                broken = worker_pb2.RunRequest(
+                    submit=worker_pb2.SubmitCommand(
+                        **{"request_id": "broken", "prompt_ids": [5, 6], **fields},
+                        sampling=inference_pb2.SamplingParams(
+                            **{"top_p": 1.0, "max_tokens": 2, **sampling}
+                        ),
+                    )
+                )
+                [end] = (await written(call, broken)).outputs
+                assert (end.request_id, end.finish_reason) == (broken.submit.request_id, ABORTED)
+                assert sentence in end.failure
+            await call.write(submit("sound", 5, 6))
+            assert await last_reason(call) == LENGTH
+            call.cancel()
+
+    asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
+
+
+async def written(call: Any, request: worker_pb2.RunRequest) -> worker_pb2.RunResponse:
+    """The first answer with outputs."""
+    await call.write(request)
+    while not (response := await call.read()).outputs:
+        pass
+    return response
+
+
+async def last_reason(call: Any) -> int:
+    while True:
+        for output in (await call.read()).outputs:
+            if output.finish_reason:
+                return output.finish_reason
+
+
+def test_a_stream_ends_no_request_of_another(folder: Path) -> None:
+    async def check() -> None:
+        async with running_service(folder) as stub:
+            call, other = stub.Run(), stub.Run()
+            await call.write(submit("mine", 5, 6, max_tokens=40))
+            await call.read()
+            abort = worker_pb2.AbortCommand(request_id="mine")
+            await other.write(worker_pb2.RunRequest(abort=abort))
+            # Taken after the abort.
+            [refused] = (await written(other, submit("mine", 5))).outputs
+            assert (refused.finish_reason, refused.failure) == (
+                ABORTED,
+                "its id at the worker, mine, is in use",
+            )
+            assert await last_reason(call) == LENGTH
+            call.cancel()
+            other.cancel()
 
     asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
 

@@ -212,6 +212,7 @@ class _Gloo(_Janus):
 def _group(store_address: str, rank: int) -> GroupConfig:
     return GroupConfig(
         store_address=store_address,
+        own_host="127.0.0.1",
         prefix="bench",
         rank=rank,
         num_attention=1,

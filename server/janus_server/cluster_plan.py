@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+from janus_server.addresses import check_can_listen
 from janus_server.attention.config import AttentionConfig
 from janus_server.comm.authentication import read_secret
 from janus_server.command_line import to_argv
@@ -13,7 +14,6 @@ from janus_server.controller.placement import first_placement
 from janus_server.endpoint.config import EndpointConfig
 from janus_server.endpoint.tokenizer import check_tokenizer
 from janus_server.experts.config import ExpertConfig
-from janus_server.grpc_server import check_can_listen
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import context_limit
 from janus_server.monolith.config import MonolithConfig

@@ -13,10 +13,11 @@ import tyro
 from janus_proto.v1 import inference_pb2
 from janus_proto.v1.inference_pb2_grpc import InferenceServiceStub
 from janus_scheduler.request import MAX_LOGPROBS, MAX_SEED, MAX_TEMPERATURE
+from janus_server.addresses import split_address
 from janus_server.bounds import Between, Seconds
 from janus_server.command_line import parse
 from janus_server.errors import ConfigError, InvalidRequestError, UnavailableError
-from janus_server.grpc_server import MAX_MESSAGE_BYTES, channel_options, split_address
+from janus_server.grpc_server import MAX_MESSAGE_BYTES, channel_options
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,8 +5,6 @@ on message sizes and on how often a silent connection may be pinged.
 """
 
 import asyncio
-import errno
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +14,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from janus_server.addresses import check_can_listen, join_address
 from janus_server.errors import ConfigError
 from janus_server.grpc_calls import CallGuard, CheckBytes, new_server
 from janus_server.health import HealthService
@@ -147,45 +146,5 @@ async def start_server(
     except RuntimeError:
         raise ConfigError(f"cannot listen on {listen}") from None
     await server.start()
-    return RunningServer(server=server, address=f"{host}:{port}", health=health, guard=guard)
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Split HOST:PORT ("[::1]:80" for IPv6, brackets kept); raises ConfigError where it is not."""
-    host, colon, port = address.rpartition(":")
-    is_bare_ipv6 = ":" in host and not (host.startswith("[") and host.endswith("]"))
-    if not (colon and host and port.isascii() and port.isdigit()) or is_bare_ipv6:
-        raise ConfigError(f"{address!r} is not HOST:PORT")
-    if int(port) > 65535:
-        raise ConfigError(f"the port of {address} is above 65535")
-    return host, int(port)
-
-
-def check_can_listen(listen: str) -> tuple[str, int]:
-    """Return host and port of `listen`; raises ConfigError where no socket can listen there now.
-
-    gRPC itself reports neither the reason nor, with several addresses behind one name, every
-    failure.
-    """
-    host, port = split_address(listen)
-    try:
-        found = socket.getaddrinfo(
-            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-    except (OSError, UnicodeError):  # a name that is none, such as a..b
-        raise ConfigError(f"cannot listen on {listen}: there is no host {host}") from None
-    errors: list[OSError] = []
-    for family, kind, protocol, _, address in found:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(address)
-        except OSError as error:
-            errors.append(error)
-    in_use = any(error.errno == errno.EADDRINUSE for error in errors)
-    if in_use or len(errors) == len(found):
-        reason = "the port is in use" if in_use else errors[0].strerror
-        raise ConfigError(f"cannot listen on {listen}: {reason}")
-    return host, port
+    address = join_address(host, port)
+    return RunningServer(server=server, address=address, health=health, guard=guard)

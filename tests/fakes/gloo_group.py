@@ -43,6 +43,7 @@ def group_configs(
     yield [
         GroupConfig(
             store_address=f"127.0.0.1:{store.port}",
+            own_host="127.0.0.1",
             prefix=prefix,
             rank=rank,
             num_attention=num_attention,

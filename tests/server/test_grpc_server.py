@@ -1,5 +1,4 @@
 import asyncio
-import socket
 
 import grpc
 import grpc.aio
@@ -12,8 +11,6 @@ from janus_server.errors import ConfigError
 from janus_server.grpc_server import (
     RunningServer,
     channel_options,
-    check_can_listen,
-    split_address,
     start_server,
 )
 
@@ -117,38 +114,3 @@ def test_a_port_is_free_again_after_stop() -> None:
         await again.stop(0)
 
     asyncio.run(check())
-
-
-@pytest.mark.parametrize(
-    "address", ["", "localhost", ":80", "host:", "host:x", "host:-1", "::1:80", "host:80 "]
-)
-def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(ConfigError, match="is not HOST:PORT"):
-        split_address(address)
-
-
-def test_addresses_are_split() -> None:
-    assert split_address("localhost:80") == ("localhost", 80)
-    assert split_address("[::1]:0") == ("[::1]", 0)
-    with pytest.raises(ConfigError, match="above 65535"):
-        split_address("localhost:65536")
-
-
-def test_an_unknown_host_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match="there is no host bad host"):
-        check_can_listen("bad host:80")
-
-
-def test_an_address_of_another_machine_is_one_sentence() -> None:
-    # 192.0.2.0/24 is reserved for documentation.
-    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1:80"):
-        check_can_listen("192.0.2.1:80")
-
-
-def test_checking_leaves_the_port_free() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(ConfigError, match="in use"):
-            check_can_listen(address)
-    check_can_listen(address)
-    check_can_listen(address)

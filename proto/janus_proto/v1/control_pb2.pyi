@@ -441,7 +441,9 @@ class Epoch(_message.Message):
     SCHEDULING_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     store_address: _builtins.str
-    """HOST:PORT of the TCP store, and the key prefix under which this epoch's group meets."""
+    """HOST:PORT of the TCP store, and the key prefix under which this epoch's group meets. Without HOST
+    the store is where the worker reaches the controller.
+    """
     store_prefix: _builtins.str
     @_builtins.property
     def attention_workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]: ...

@@ -48,6 +48,11 @@ class AttentionConfig:
     listen: str = "127.0.0.1:0"
     """HOST:PORT of the worker's gRPC service; port 0 takes a free one."""
 
+    advertise_host: str = ""
+    """Name or address of this machine that peers dial; empty: where the worker listens, but for the
+    data plane, and where it listens on every address (0.0.0.0), the address from which it reaches
+    the controller."""
+
     device_index: DeviceIndex = 0
     """Which GPU, with --device cuda."""
 

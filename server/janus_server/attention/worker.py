@@ -8,6 +8,12 @@ from collections.abc import Callable
 from janus_proto.v1 import control_pb2, worker_pb2
 from janus_proto.v1.worker_pb2_grpc import add_AttentionWorkerServiceServicer_to_server
 from janus_scheduler.model_spec import ModelSpec
+from janus_server.addresses import (
+    advertised_host,
+    join_address,
+    own_address_towards,
+    split_address,
+)
 from janus_server.attention.config import AttentionConfig, EngineConfig
 from janus_server.attention.engine import Engine
 from janus_server.attention.engine_thread import EngineThread, StepResult
@@ -45,7 +51,14 @@ async def main(config: AttentionConfig, stop: asyncio.Event) -> None:
     """Serve as an attention worker that meets its experts over gloo."""
 
     def join(epoch: control_pb2.Epoch, worker_id: str) -> ExpertPool:
-        group = group_config(epoch, worker_id, config.comm)
+        group = group_config(
+            epoch,
+            worker_id,
+            config.comm,
+            controller=config.controller,
+            own_host=advertised_host(config.advertise_host)
+            or own_address_towards(config.controller),
+        )
         return GlooExpertPool(join_group(group), group)
 
     checkpoint = Checkpoint.open(config.model.checkpoint)
@@ -90,9 +103,13 @@ async def serve(
     )
     announce(server.address)
     control = ControlClient(config.controller, secret)
+    host = advertised_host(config.advertise_host, config.listen)
+    address = join_address(
+        host or own_address_towards(config.controller), split_address(server.address)[1]
+    )
     try:
         await run_until_stopped(
-            _serve_epoch(config, checkpoint, service, control, server.address, join),
+            _serve_epoch(config, checkpoint, service, control, address, join),
             stop=stop,
             control=control,
         )

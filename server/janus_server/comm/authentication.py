@@ -5,11 +5,9 @@ token made from the secret, in the clear: it keeps out who cannot listen to the 
 """
 
 import hmac
-import ipaddress
 import logging
 import os
 import secrets
-import socket
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,9 +16,10 @@ from typing import IO, Any
 import grpc
 import grpc.aio
 
+from janus_server.addresses import is_loopback
 from janus_server.comm.config import CommConfig
 from janus_server.errors import ConfigError
-from janus_server.grpc_server import RunningServer, split_address, start_server
+from janus_server.grpc_server import RunningServer, start_server
 from janus_server.input_file import read_file
 
 logger = logging.getLogger(__name__)
@@ -111,7 +110,7 @@ async def start_internal_server(
     address than loopback: raises ConfigError there.
     """
     if secret is None:
-        if not _is_loopback(listen):
+        if not is_loopback(listen):
             raise ConfigError(
                 f"refused to listen on {listen} without --cluster-secret-file: whoever reaches it "
                 f"could read prompts and answer in the place of a worker; {_HOW_TO}"
@@ -154,15 +153,6 @@ async def _refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) ->
 
 # Of a method that reads a stream nothing is read before the handler asks for it.
 _REFUSAL: Any = grpc.stream_stream_rpc_method_handler(_refuse)
-
-
-def _is_loopback(listen: str) -> bool:
-    host, port = split_address(listen)
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise ConfigError(f"cannot listen on {listen}: there is no host {host}") from None
-    return all(ipaddress.ip_address(str(one[4][0])).is_loopback for one in found)
 
 
 def _bytes(value: str | bytes) -> bytes:

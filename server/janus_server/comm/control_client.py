@@ -15,6 +15,7 @@ import grpc.aio
 
 from janus_proto.v1 import control_pb2
 from janus_proto.v1.control_pb2_grpc import ControlServiceStub
+from janus_server.addresses import check_host
 from janus_server.comm.authentication import ClusterSecret, Metadata, metadata_of
 from janus_server.comm.load_report import LoadReport
 from janus_server.errors import ConfigError, UnavailableError
@@ -37,7 +38,8 @@ _LOAD_DEADLINE_S = 0.5
 class ControlClient:
     """A connection to the controller at `address` (HOST:PORT); `close` it.
 
-    `secret` is that of the cluster, None where it has none.
+    `secret` is that of the cluster, None where it has none. Raises ConfigError where there is no
+    such host.
     """
 
     metadata: Metadata
@@ -47,6 +49,7 @@ class ControlClient:
     """Set once the controller stays silent or no longer knows this worker."""
 
     def __init__(self, address: str, secret: ClusterSecret | None = None) -> None:
+        check_host(address)
         self.address = address
         self.lost = asyncio.Event()
         self._channel = grpc.aio.insecure_channel(address, options=channel_options())

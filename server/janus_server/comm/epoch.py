@@ -7,6 +7,7 @@ import numpy as np
 from janus_proto.v1 import control_pb2
 from janus_scheduler.activation import POLICIES, ActivationCosts, SchedulePolicy, Scheduling
 from janus_scheduler.placement import Placement
+from janus_server.addresses import split_address
 from janus_server.comm.config import SIGNS_PER_TIMEOUT, CommConfig
 from janus_server.errors import UnavailableError
 
@@ -17,6 +18,8 @@ class GroupConfig:
 
     store_address: str
     """HOST:PORT of the TCP store."""
+    own_host: str
+    """Name or address of this machine at which the peers dial this worker."""
     prefix: str
     """Of the epoch's keys in the store."""
     rank: int
@@ -41,10 +44,14 @@ class GroupConfig:
         return range(self.num_attention, self.num_attention + self.num_experts)
 
 
-def group_config(epoch: control_pb2.Epoch, worker_id: str, comm: CommConfig) -> GroupConfig:
-    """The place of `worker_id` in the epoch's group."""
+def group_config(
+    epoch: control_pb2.Epoch, worker_id: str, comm: CommConfig, *, controller: str, own_host: str
+) -> GroupConfig:
+    """The place of `worker_id` in the epoch's group; `controller` is where it is dialled."""
+    host, _, port = epoch.store_address.rpartition(":")
     return GroupConfig(
-        store_address=epoch.store_address,
+        store_address=f"{host or split_address(controller)[0]}:{port}",
+        own_host=own_host,
         prefix=epoch.store_prefix,
         rank=member(epoch, worker_id).rank,
         num_attention=len(epoch.attention_workers),

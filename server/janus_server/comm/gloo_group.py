@@ -6,7 +6,6 @@ then.
 """
 
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from janus_server.addresses import first_address, split_address
 from janus_server.comm.base import PendingTransfer
 from janus_server.comm.epoch import GroupConfig
 from janus_server.errors import PeerLostError
@@ -44,15 +44,15 @@ class Group(Protocol):
 def join_group(config: GroupConfig) -> Group:
     """Meet the other workers of the epoch; raises PeerLostError if they do not come in time."""
     gloo: Any = dist.ProcessGroupGloo
-    host, _, port = config.store_address.rpartition(":")
+    host, port = split_address(config.store_address)
     options = gloo._Options()
     options._timeout = timedelta(seconds=config.timeout_s)
-    options._devices = [gloo.create_device(hostname=_own_address(host, int(port)))]
+    options._devices = [gloo.create_device(hostname=first_address(config.own_host))]
     size = config.num_attention + config.num_experts
     join_timeout = timedelta(seconds=config.join_timeout_s)
     with peer_errors(f"while the group {config.prefix} was forming"):
         store = dist.PrefixStore(
-            config.prefix, dist.TCPStore(host, int(port), timeout=join_timeout)
+            config.prefix, dist.TCPStore(host.strip("[]"), port, timeout=join_timeout)
         )
         # Waited for here, since gloo's only timeout is that of a step: too short for peers that
         # still load weights.
@@ -83,10 +83,3 @@ def peer_errors(when: str) -> Iterator[None]:
         reason = _CPP_PLACE.sub("", str(error).partition("\n")[0]).partition(". This is")[0]
         kind = GroupClosedError if reason.startswith(_CLOSED_HERE) else PeerLostError
         raise kind(f"a peer of the group was lost {when}: {reason}") from error
-
-
-def _own_address(host: str, port: int) -> str:
-    """The address of this machine that reaches the store, so that peers can reach it in turn."""
-    with socket.create_connection((host, port), timeout=10) as probe:
-        address: str = probe.getsockname()[0]
-        return address

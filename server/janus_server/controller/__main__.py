@@ -2,10 +2,16 @@
 
 import asyncio
 import contextlib
-import socket
 
 from janus_proto.v1.control_pb2_grpc import add_ControlServiceServicer_to_server
 from janus_server import process
+from janus_server.addresses import (
+    advertised_host,
+    check_can_listen,
+    first_address,
+    join_address,
+    listening_socket,
+)
 from janus_server.comm.authentication import read_secret, start_internal_server
 from janus_server.controller.config import ControllerConfig
 from janus_server.controller.membership import (
@@ -17,7 +23,6 @@ from janus_server.controller.membership import (
 from janus_server.controller.placement import first_placement
 from janus_server.controller.registration import Deployment
 from janus_server.controller.service import SERVICE_NAME, ControlService
-from janus_server.grpc_server import check_can_listen
 from janus_server.model.checkpoint import Checkpoint
 
 _STOP_GRACE_S = 1.0
@@ -36,9 +41,10 @@ async def main(config: ControllerConfig, stop: asyncio.Event) -> None:
         schedule=config.schedule,
     )
     secret = read_secret(config.comm)
-    host, _ = check_can_listen(config.listen)
-    store, store_address = _open_store(host)
-    service = ControlService(membership, store_address=store_address)
+    listen_host, _ = check_can_listen(config.listen)
+    host = advertised_host(config.advertise_host, config.listen)
+    store, store_port = _open_store(listen_host)
+    service = ControlService(membership, store_address=join_address(host, store_port))
     server = await start_internal_server(
         lambda grpc_server: add_ControlServiceServicer_to_server(service, grpc_server),
         [SERVICE_NAME],
@@ -58,22 +64,24 @@ async def main(config: ControllerConfig, stop: asyncio.Event) -> None:
         del store  # it listens for as long as it is referred to
 
 
-def _open_store(host: str) -> tuple[object, str]:
-    """Open the store in which an epoch's workers meet; it lives as long as the first result."""
+def _open_store(host: str) -> tuple[object, int]:
+    """Open the store in which an epoch's workers meet, and return it with its port.
+
+    It lives as long as it is referred to.
+    """
     import torch.distributed  # slow to import, so only after the checks
 
     # A socket of our own, because the store would listen on every interface.
-    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    store_socket = socket.create_server((host.strip("[]"), 0), family=family)
+    store_socket = listening_socket(host)
     port: int = store_socket.getsockname()[1]
     store = torch.distributed.TCPStore(
-        host.strip("[]"),
+        first_address(host),
         port,
         is_master=True,
         wait_for_workers=False,
         master_listen_fd=store_socket.detach(),
     )
-    return store, f"{host}:{port}"
+    return store, port
 
 
 if __name__ == "__main__":

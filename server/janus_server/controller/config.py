@@ -58,3 +58,7 @@ class ControllerConfig:
 
     listen: str = "127.0.0.1:0"
     """HOST:PORT of the control service; port 0 takes a free one."""
+
+    advertise_host: str = ""
+    """Name or address of this machine that workers dial; empty: where the controller listens, or,
+    where that is every address (0.0.0.0), where each worker reaches the controller."""

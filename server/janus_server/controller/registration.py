@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from janus_proto.v1 import control_pb2
 from janus_scheduler.activation import ActivationCosts
+from janus_server.addresses import split_address
 from janus_server.comm.epoch import costs_of
 from janus_server.errors import ConfigError
-from janus_server.grpc_server import split_address
 
 ROLE_NAMES = {
     control_pb2.WORKER_ROLE_ATTENTION: "attention",

@@ -19,6 +19,10 @@ class ExpertConfig:
     controller: str
     """HOST:PORT of the controller."""
 
+    advertise_host: str = ""
+    """Name or address of this machine that peers dial; empty: the address from which the worker
+    reaches the controller."""
+
     device_index: DeviceIndex = 0
     """Which GPU, with --device cuda."""
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from janus_proto.v1 import control_pb2
+from janus_server.addresses import advertised_host, own_address_towards
 from janus_server.comm.authentication import read_secret
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.comm.epoch import costs_message, group_config, placement_of, scheduling_of
@@ -49,9 +50,12 @@ async def _serve_epoch(
     config: ExpertConfig, checkpoint: Checkpoint, control: ControlClient
 ) -> None:
     device, dtype = device_of(config.model, config.device_index), dtype_of(config.model)
+    own_host = advertised_host(config.advertise_host) or own_address_towards(config.controller)
     worker_id = await _register(config, checkpoint, control)
     epoch = await wait_for_epoch(control, timeout_s=config.comm.startup_timeout_s)
-    group = group_config(epoch, worker_id, config.comm)
+    group = group_config(
+        epoch, worker_id, config.comm, controller=config.controller, own_host=own_host
+    )
     index = group.expert_ranks.index(group.rank)
 
     def join() -> GlooAttentionPool:

@@ -60,7 +60,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 class FakeControlService(ControlServiceServicer):
-    """Streams the latest epoch that the test has published."""
+    """Streams its one epoch, and what the test has changed of it."""
 
     def __init__(self) -> None:
         self._latest = control_pb2.WatchEpochsResponse()
@@ -71,13 +71,16 @@ class FakeControlService(ControlServiceServicer):
         *attention_workers: control_pb2.Worker,
         expert_workers: Sequence[control_pb2.Worker] = (),
     ) -> None:
-        """Make the next epoch of these workers."""
+        """Make the epoch of these workers, or change their readiness: a controller does no more."""
+        epoch = control_pb2.Epoch(
+            number=1, attention_workers=attention_workers, expert_workers=expert_workers
+        )
+        members = [
+            [worker.worker_id for worker in (*one.attention_workers, *one.expert_workers)]
+            for one in (self._latest.epoch, epoch)
+        ]
+        assert not self._latest.HasField("epoch") or members[0] == members[1]
         async with self._changed:
-            epoch = control_pb2.Epoch(
-                number=self._latest.epoch.number + 1,
-                attention_workers=attention_workers,
-                expert_workers=expert_workers,
-            )
             self._latest = control_pb2.WatchEpochsResponse(epoch=epoch)
             self._changed.notify_all()
 
@@ -111,6 +114,13 @@ class Endpoint:
     worker: FakeAttentionWorker
     worker_entry: control_pb2.Worker
 
+    async def set_worker_ready(self, ready: bool) -> None:
+        """Let the controller lose the one worker, or hear of it again."""
+        entry = control_pb2.Worker()
+        entry.CopyFrom(self.worker_entry)
+        entry.ready = ready
+        await self.control.publish(entry)
+
 
 @contextlib.asynccontextmanager
 async def running_endpoint(
@@ -118,10 +128,16 @@ async def running_endpoint(
     *,
     admission: AdmissionConfig = ADMISSION,
     comm_timeout_s: float = CALL_S,
+    other_workers: Sequence[control_pb2.Worker] = (),
+    expert_workers: Sequence[control_pb2.Worker] = (),
+    until_ready: bool = True,
     has_tokenizer: bool = True,
     load: worker_pb2.EngineLoad = LOAD,
 ) -> AsyncIterator[Endpoint]:
-    """Start all parts, wait until the endpoint is ready, and end them on leaving."""
+    """Start all parts, wait until the endpoint is ready, and end them on leaving.
+
+    The epoch has a scripted worker and, where given, others beside it.
+    """
     async with contextlib.AsyncExitStack() as stack:
         control_service, worker = FakeControlService(), FakeAttentionWorker(load)
         control_server = await start_server(
@@ -152,8 +168,8 @@ async def running_endpoint(
         channel = await stack.enter_async_context(
             grpc.aio.insecure_channel(server.address, options=channel_options())
         )
-        await control_service.publish(entry)
-        await until(lambda: pool.is_ready)
+        await control_service.publish(entry, *other_workers, expert_workers=expert_workers)
+        await until(lambda: pool.is_ready or not until_ready)
         yield Endpoint(
             address=server.address,
             channel=channel,

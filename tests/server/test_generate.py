@@ -140,7 +140,7 @@ def test_a_refusal_is_passed_on(tmp_path: Path) -> None:
             argv = ["x", "--top-p", "0", "--endpoint", endpoint.address]
             sentence = await asyncio.to_thread(complaint, InvalidRequestError, argv)
             assert sentence == "top_p is 0, which leaves no token; use temperature 0"
-            await endpoint.control.publish()
+            await endpoint.set_worker_ready(False)
             while endpoint.pool.is_ready:
                 await asyncio.sleep(0.005)
             argv = ["x", "--max-tokens", "2", "--endpoint", endpoint.address]

@@ -62,7 +62,7 @@ async def let_one_expire(endpoint: Endpoint) -> None:
 
 async def lose_the_worker_of_one(endpoint: Endpoint) -> None:
     call, _ = await begin(endpoint, request_id="mine")
-    await endpoint.control.publish()
+    await endpoint.set_worker_ready(False)
     await refused(call)
 
 

@@ -64,39 +64,32 @@ def test_nothing_waits_for_the_commands_of_a_lost_stream(tmp_path: Path) -> None
     within_deadline(check())
 
 
-def test_requests_of_a_worker_that_left_the_epoch_fail(tmp_path: Path) -> None:
+def test_requests_of_a_worker_that_the_controller_lost_fail(tmp_path: Path) -> None:
     async def check() -> None:
         async with running_endpoint(tmp_path) as endpoint:
             call, _ = await begin(endpoint)
-            await endpoint.control.publish()
+            await endpoint.set_worker_ready(False)
             assert await refused(call) == LOST
             assert await refused_request(endpoint) == NOT_READY
-            await endpoint.control.publish(endpoint.worker_entry)
+            await endpoint.set_worker_ready(True)
             await until(lambda: endpoint.pool.is_ready)
             await check_that_it_serves(endpoint)
 
     within_deadline(check())
 
 
-def test_a_request_outlives_an_epoch_that_keeps_its_worker(tmp_path: Path) -> None:
-    async def check() -> None:
-        async with running_endpoint(tmp_path) as endpoint:
-            call, submit = await begin(endpoint)
-            await endpoint.control.publish(endpoint.worker_entry)
-            await until(lambda: endpoint.pool.epoch.number == 2)
-            endpoint.worker.put(submit, ids("ok"), LENGTH)
-            assert (await finished(call)).text == "ok"
-
-    within_deadline(check())
-
-
 def test_every_worker_must_be_ready(tmp_path: Path) -> None:
     async def check() -> None:
-        async with running_endpoint(tmp_path) as endpoint:
-            expert = control_pb2.Worker(worker_id="expert-0", ready=False)
+        expert = control_pb2.Worker(worker_id="expert-0", ready=True)
+        async with running_endpoint(tmp_path, expert_workers=[expert]) as endpoint:
+            call, submit = await begin(endpoint)
+            expert.ready = False
             await endpoint.control.publish(endpoint.worker_entry, expert_workers=[expert])
             await until(lambda: not endpoint.pool.is_ready)
             assert await refused_request(endpoint) == NOT_READY
+            # What runs goes on: its own worker is there.
+            endpoint.worker.put(submit, ids("ok"), LENGTH)
+            assert (await finished(call)).text == "ok"
             expert.ready = True
             await endpoint.control.publish(endpoint.worker_entry, expert_workers=[expert])
             await until(lambda: endpoint.pool.is_ready)
@@ -107,10 +100,11 @@ def test_every_worker_must_be_ready(tmp_path: Path) -> None:
 
 def test_a_worker_that_cannot_be_reached_is_not_ready(tmp_path: Path) -> None:
     async def check() -> None:
-        async with running_endpoint(tmp_path) as endpoint:
-            nobody = control_pb2.Worker(worker_id="w", address="127.0.0.1:1", ready=True)
-            await endpoint.control.publish(endpoint.worker_entry, nobody)
-            await until(lambda: not endpoint.pool.is_ready)
+        nobody = control_pb2.Worker(worker_id="w", address="127.0.0.1:1", ready=True)
+        async with running_endpoint(
+            tmp_path, other_workers=[nobody], until_ready=False
+        ) as endpoint:
+            await until(lambda: endpoint.pool.epoch.number == 1)
             assert await refused_request(endpoint) == NOT_READY
 
     within_deadline(check())
@@ -146,11 +140,11 @@ def test_a_worker_that_shows_life_may_take_long(tmp_path: Path) -> None:
 def test_requests_go_where_the_fewest_are(tmp_path: Path) -> None:
     async def check() -> None:
         async with contextlib.AsyncExitStack() as stack:
-            endpoint = await stack.enter_async_context(running_endpoint(tmp_path))
             other = FakeAttentionWorker()
             entry = await start_worker("attention-1", other, stack)
-            await endpoint.control.publish(endpoint.worker_entry, entry)
-            await until(lambda: endpoint.pool.epoch.number == 2 and endpoint.pool.is_ready)
+            endpoint = await stack.enter_async_context(
+                running_endpoint(tmp_path, other_workers=[entry])
+            )
             generate = endpoint.stub.Generate
             request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[1]))
             calls = [generate(request, timeout=CALL_S) for _ in range(4)]

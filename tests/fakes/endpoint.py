@@ -24,6 +24,7 @@ from janus_proto.v1.inference_pb2_grpc import (
 from janus_proto.v1.worker_pb2_grpc import add_AttentionWorkerServiceServicer_to_server
 from janus_server.comm.control_client import ControlClient
 from janus_server.endpoint.config import AdmissionConfig
+from janus_server.endpoint.generation import Generation
 from janus_server.endpoint.limits import public_limits
 from janus_server.endpoint.service import SERVICE_NAME, InferenceService
 from janus_server.endpoint.tokenizer import Tokenizer
@@ -107,7 +108,7 @@ class Endpoint:
     address: str
     channel: grpc.aio.Channel
     stub: InferenceServiceStub
-    service: InferenceService
+    generation: Generation
     server: RunningServer
     pool: WorkerPool
     control: FakeControlService
@@ -151,12 +152,17 @@ async def running_endpoint(
         stack.push_async_callback(control.close)
         pool = WorkerPool(control, comm_timeout_s=comm_timeout_s)
         stack.push_async_callback(_cancel, asyncio.create_task(pool.follow()))
-        service = InferenceService(
-            Checkpoint(path=folder, spec=SMALL_SPEC, family=qwen3_moe.FAMILY, tensors={}),
+        generation = Generation(
+            SMALL_SPEC,
             _tokenizer(folder, stack) if has_tokenizer else None,
             pool,
             max_context=SMALL_SPEC.max_context,
             max_requests=admission.max_requests,
+        )
+        service = InferenceService(
+            Checkpoint(path=folder, spec=SMALL_SPEC, family=qwen3_moe.FAMILY, tensors={}),
+            generation,
+            pool,
         )
         server = await start_server(
             lambda grpc_server: add_InferenceServiceServicer_to_server(service, grpc_server),
@@ -174,7 +180,7 @@ async def running_endpoint(
             address=server.address,
             channel=channel,
             stub=InferenceServiceStub(channel),
-            service=service,
+            generation=generation,
             server=server,
             pool=pool,
             control=control_service,

@@ -6,6 +6,7 @@ from janus_proto.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_se
 from janus_server.comm.authentication import read_secret
 from janus_server.comm.control_client import ControlClient
 from janus_server.endpoint.config import EndpointConfig
+from janus_server.endpoint.generation import Generation
 from janus_server.endpoint.limits import public_limits
 from janus_server.endpoint.service import SERVICE_NAME, InferenceService
 from janus_server.endpoint.tokenizer import load_tokenizer
@@ -26,13 +27,14 @@ async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
     tokenizer = load_tokenizer(checkpoint.path)
     control = ControlClient(config.controller, read_secret(config.comm))
     pool = WorkerPool(control, comm_timeout_s=config.comm.comm_timeout_s)
-    service = InferenceService(
-        checkpoint,
+    generation = Generation(
+        checkpoint.spec,
         tokenizer,
         pool,
         max_context=max_context,
         max_requests=config.admission.max_requests,
     )
+    service = InferenceService(checkpoint, generation, pool)
     server = await start_server(
         lambda grpc_server: add_InferenceServiceServicer_to_server(service, grpc_server),
         [SERVICE_NAME],
@@ -47,7 +49,7 @@ async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
             await stop.wait()
             publishing.cancel()
             server.set_serving(False)
-            await service.drain(config.admission.drain_timeout_s)
+            await generation.drain(config.admission.drain_timeout_s)
             following.cancel()
     finally:
         await server.stop(_STOP_GRACE_S)

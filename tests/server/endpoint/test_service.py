@@ -362,7 +362,7 @@ def test_drain_lets_running_requests_finish_and_refuses_new_ones(tmp_path: Path)
     async def check() -> None:
         async with running_endpoint(tmp_path) as endpoint:
             call, submit = await begin(endpoint)
-            draining = asyncio.create_task(endpoint.service.drain(CALL_S))
+            draining = asyncio.create_task(endpoint.generation.drain(CALL_S))
             await asyncio.sleep(0)
             assert await refused_request(endpoint) == (
                 Code.UNAVAILABLE,
@@ -379,7 +379,7 @@ def test_drain_fails_what_takes_too_long(tmp_path: Path) -> None:
     async def check() -> None:
         async with running_endpoint(tmp_path) as endpoint:
             call, submit = await begin(endpoint)
-            await endpoint.service.drain(0)
+            await endpoint.generation.drain(0)
             assert await refused(call) == (
                 Code.UNAVAILABLE,
                 "the server shut down before the request was done",
@@ -394,7 +394,7 @@ def test_a_client_that_does_not_listen_holds_up_no_shutdown(tmp_path: Path) -> N
         async with running_endpoint(tmp_path) as endpoint:
             _call, submit = await begin(endpoint)
             await flood(endpoint, submit)
-            await endpoint.service.drain(0)
+            await endpoint.generation.drain(0)
             await endpoint.server.stop(0)
             assert await endpoint.worker.aborts.get() == submit.request_id
 
@@ -404,6 +404,6 @@ def test_a_client_that_does_not_listen_holds_up_no_shutdown(tmp_path: Path) -> N
 def test_drain_of_nothing(tmp_path: Path) -> None:
     async def check() -> None:
         async with running_endpoint(tmp_path) as endpoint:
-            await endpoint.service.drain(0)
+            await endpoint.generation.drain(0)
 
     within_deadline(check())

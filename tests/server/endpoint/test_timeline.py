@@ -30,7 +30,7 @@ LENGTH = inference_pb2.FINISH_REASON_LENGTH
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
-    name = "janus_server.endpoint.service"
+    name = "janus_server.endpoint.timeline"
     return [
         record.getMessage()
         for record in caplog.records

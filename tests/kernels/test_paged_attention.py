@@ -59,5 +59,20 @@ def test_rotary_by_hand() -> None:
     cos_PD, sin_PD = rotary_tables(
         torch.tensor([1.5]), factor=3.0, max_context=4, dtype=torch.float32
     )
-    rotated = apply_rotary(torch.tensor([[[1.0, 0.0]]]), cos_PD[2:3], sin_PD[2:3])
-    torch.testing.assert_close(rotated[0, 0], 3 * torch.tensor([math.cos(3.0), math.sin(3.0)]))
+    rotated = apply_rotary(torch.tensor([[[1.0, 2.0]]]), cos_PD[2:3], sin_PD[2:3])
+    cos, sin = math.cos(3.0), math.sin(3.0)
+    torch.testing.assert_close(rotated[0, 0], 3 * torch.tensor([cos - 2 * sin, sin + 2 * cos]))
+
+
+def test_rotary_turns_complex_numbers_by_their_angles() -> None:
+    inverse_frequencies_C = torch.tensor([1.0, 0.1, 0.01])
+    cos_PD, sin_PD = rotary_tables(inverse_frequencies_C, max_context=9, dtype=torch.float32)
+    assert cos_PD.shape == sin_PD.shape == (9, 6)
+    x_TND = torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(0))
+    positions_T = torch.tensor([0, 3, 3, 8])
+    rotated_TND = apply_rotary(x_TND, cos_PD[positions_T], sin_PD[positions_T])
+    angles_TC = torch.outer(positions_T.float(), inverse_frequencies_C)
+    turn_T1C = torch.polar(torch.ones_like(angles_TC), angles_TC)[:, None]
+    expected_TNC = torch.complex(*x_TND.chunk(2, dim=-1)) * turn_T1C
+    expected_TND = torch.cat([expected_TNC.real, expected_TNC.imag], dim=-1)
+    torch.testing.assert_close(rotated_TND, expected_TND)

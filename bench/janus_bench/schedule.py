@@ -114,7 +114,7 @@ class ScheduleBenchConfig:
     """How experts are placed."""
 
     samples: Annotated[int, Between(1, 2**20)] = 100
-    """Batches drawn for each row, fewer of the large ones."""
+    """Batches drawn for each row; fewer if they are large."""
 
     proven: Annotated[int, Between(0, 2**20)] = 2
     """Of these batches, how many are compared with the optimum by maximum flow as well."""

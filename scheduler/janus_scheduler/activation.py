@@ -291,7 +291,7 @@ def _split(tokens_E: Array, replicas: LayerReplicas) -> Array:
         for expert in np.flatnonzero((replicas.num_replicas_E > 1) & (tokens_E > 0)):
             num_replicas = replicas.num_replicas_E[expert]
             hosts = replicas.workers_ER[expert, :num_replicas]
-            # Taken out and poured anew: in the second sweep over loads that are complete.
+            # Taken out and shared out again: in the second sweep, the loads of all are known.
             loads_W[hosts] -= tokens_ER[expert, :num_replicas]
             tokens_ER[expert, :num_replicas] = fill_up(loads_W[hosts], int(tokens_E[expert]))
             loads_W[hosts] += tokens_ER[expert, :num_replicas]

@@ -3,7 +3,7 @@
 CPU attention reads the keys and values of a sequence as views over runs of adjacent blocks: fewer
 runs, fewer products. So a growing sequence takes the block right after its last one, and a fresh
 allocation goes where there is room to grow: the middle of the largest free run, which leaves half
-of the room to whoever owns the blocks before it. Fragments never make an allocation fail.
+of the room to the sequence before it. Fragments never make an allocation fail.
 
 Invariants: the free blocks are exactly the union of the free runs; free runs never touch; the heap
 holds every free run, beside stale entries whose number stays in proportion to that of the runs.

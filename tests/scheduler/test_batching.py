@@ -1,4 +1,4 @@
-"""Batching: every request gets just its tokens, whoever else is there, however small the pool.
+"""Batching: every request gets its own tokens, whatever else runs, however small the pool.
 
 A `Rig` drives a batcher as an engine would and checks every plan against plain models of the
 requests and of the KV slots. The model writes token t of a request as `t + 1000 * request`, t its
@@ -275,7 +275,7 @@ def test_preemption_by_hand() -> None:
     rig.add(1, 1)
     for _ in range(5):
         assert [request_id for request_id, *_ in shape(rig.step())] == ["r0"]
-    # All seven tokens are fed anew, and nothing that was sampled is sampled again.
+    # All seven tokens are fed again, but nothing that was sampled is sampled again.
     assert "r0" in rig.finished
     assert shape(rig.step()) == [("r1", 0, 7, True), ("r2", 0, 1, True)]
     rig.drain()

@@ -222,7 +222,7 @@ def test_an_idle_worker_that_falls_silent_within_a_step_is_named() -> None:
             busy.result(DEADLINE_S)
 
 
-def test_whoever_is_given_up_ends_at_once() -> None:
+def test_all_that_wait_end_at_once_when_the_leader_gives_up() -> None:
     with group_configs(1, 2) as configs:
         pools = [in_thread(lambda c=c: expert_side(c, hidden_size=HIDDEN)) for c in configs[1:]]
         attention = attention_side(configs[0])

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from janus_server.comm.sequencing import Announcement, StepLayout, StepSequencer
 
 
-def test_a_step_starts_with_whoever_has_work() -> None:
+def test_a_step_starts_with_the_workers_that_have_work() -> None:
     sequencer = StepSequencer([0, 1])
     assert sequencer.next_step() is None
     sequencer.offer(1, Announcement.WORK, [3, 2])

@@ -10,7 +10,9 @@ from janus_server.endpoint.tokenizer import Detokenizer
 from janus_server.errors import JanusError, StalledClientError
 
 MAX_PENDING_TOKENS = 8192
-"""Tokens that a client may be behind; with all log-probabilities, 2 MB of a message."""
+"""Tokens that a client may be behind; with log-probabilities, some megabytes of memory."""
+MAX_DELTA_TOKENS = 256
+"""Tokens of one message: it stays small, and making it keeps no other stream waiting."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,7 +45,11 @@ class RequestStream:
         if self.is_over:
             return
         self._pending.token_ids += output.token_ids
-        self._pending.logprobs += output.logprobs
+        for logprobs in output.logprobs:
+            # A part of a message would keep the whole step's message in memory.
+            copy = inference_pb2.TokenLogprobs()
+            copy.CopyFrom(logprobs)
+            self._pending.logprobs.append(copy)
         self._pending.finish_reason = output.finish_reason
         self._changed.set()
         if len(self._pending.token_ids) > MAX_PENDING_TOKENS:
@@ -63,7 +69,9 @@ class RequestStream:
             self._changed.set()
 
     async def take(self) -> Delta:
-        """Wait for something new and take all of it; raises what `fail` was given.
+        """Wait for something new and take it, MAX_DELTA_TOKENS at most.
+
+        Raises what `fail` was given.
 
         Its deadline is that of the worker's link, which fails the streams of a worker that is lost
         or silent: the queue of a worker that works may be long.
@@ -71,9 +79,20 @@ class RequestStream:
         await self._changed.wait()
         if self._error is not None:
             raise self._error
+        pending = self._pending
+        if len(pending.token_ids) > MAX_DELTA_TOKENS:
+            self._pending = Delta(
+                token_ids=pending.token_ids[MAX_DELTA_TOKENS:],
+                logprobs=pending.logprobs[MAX_DELTA_TOKENS:],
+                finish_reason=pending.finish_reason,
+            )
+            return Delta(
+                token_ids=pending.token_ids[:MAX_DELTA_TOKENS],
+                logprobs=pending.logprobs[:MAX_DELTA_TOKENS],
+            )
         self._changed.clear()
-        delta, self._pending = self._pending, Delta()
-        return delta
+        self._pending = Delta()
+        return pending
 
 
 class TextAssembler:

@@ -2,9 +2,12 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from janus_proto.v1 import inference_pb2, worker_pb2
 from janus_server.endpoint.streams import (
+    MAX_DELTA_TOKENS,
     MAX_PENDING_TOKENS,
     Delta,
     RequestStream,
@@ -50,6 +53,26 @@ def test_outputs_merge_until_they_are_taken() -> None:
     within_deadline(check())
 
 
+@given(st.lists(st.integers(0, 3 * MAX_DELTA_TOKENS), min_size=1, max_size=4))
+def test_what_is_taken_comes_in_small_parts_of_all_that_was_put(sizes: list[int]) -> None:
+    async def check() -> None:
+        stream = RequestStream("r")
+        token_ids = list(range(sum(sizes)))
+        for index, size in enumerate(sizes):
+            start = sum(sizes[:index])
+            is_last = index + 1 == len(sizes)
+            stream.put(output(token_ids[start : start + size], LENGTH if is_last else GOING_ON))
+        deltas = [await stream.take()]
+        while not deltas[-1].finish_reason:
+            deltas.append(await stream.take())
+        assert [token for delta in deltas for token in delta.token_ids] == token_ids
+        for delta in deltas:
+            assert len(delta.token_ids) <= MAX_DELTA_TOKENS
+            assert [-one.logprob for one in delta.logprobs] == delta.token_ids
+
+    within_deadline(check())
+
+
 def test_take_waits_for_something_new() -> None:
     async def check() -> None:
         stream = RequestStream("r")
@@ -66,9 +89,8 @@ def test_a_client_that_is_far_behind_is_given_up() -> None:
     async def check() -> None:
         stream = RequestStream("r")
         stream.put(output([1] * MAX_PENDING_TOKENS))
-        assert len((await stream.take()).token_ids) == MAX_PENDING_TOKENS
-        stream.put(output([1] * MAX_PENDING_TOKENS))
-        stream.put(output([1], LENGTH))
+        await stream.take()
+        stream.put(output([1] * (MAX_DELTA_TOKENS + 1), LENGTH))
         with pytest.raises(StalledClientError, match="8192 tokens behind"):
             await stream.take()
 

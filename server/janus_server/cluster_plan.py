@@ -39,7 +39,7 @@ def check_config(config: ServeConfig) -> None:
     first_placement(config.pools, checkpoint.spec)
     given_costs(config.schedule)
     context_limit(checkpoint.spec, config.engine.max_context)
-    check_tokenizer(checkpoint.path)
+    check_tokenizer(checkpoint)
     check_can_listen(config.admission.listen)
     read_secret(config.comm)
 

@@ -24,7 +24,7 @@ async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
     """Serve the public API until `stop`, then drain; fails at once where the controller is lost."""
     checkpoint = Checkpoint.open(config.model.checkpoint)
     max_context = context_limit(checkpoint.spec, config.max_context)
-    tokenizer = load_tokenizer(checkpoint.path)
+    tokenizer = load_tokenizer(checkpoint)
     control = ControlClient(config.controller, read_secret(config.comm))
     pool = WorkerPool(control, comm_timeout_s=config.comm.comm_timeout_s)
     generation = Generation(

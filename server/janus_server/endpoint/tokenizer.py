@@ -8,14 +8,14 @@ from pathlib import Path
 
 import tokenizers
 
+from janus_server.endpoint.tokenizer_file import read_tokenizer
 from janus_server.errors import CheckpointError, OverloadedError, RequestFailedError
-from janus_server.input_file import is_there, read_file
+from janus_server.input_file import is_there
+from janus_server.model.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 _FILE = "tokenizer.json"
-_MAX_BYTES = 2**28
-"""Several times the largest that is known."""
 _SHORT_BYTES = 16 * 2**10
 """A text up to this size takes about 10 ms; the longest ones take seconds."""
 ENCODE_TIMEOUT_S = 30.0
@@ -24,20 +24,28 @@ _MAX_UNFINISHED = 64
 """Tokens that may wait to become text; more are taken for what they are, if only to be shown."""
 
 
-def load_tokenizer(checkpoint: Path) -> "Tokenizer | None":
+def load_tokenizer(checkpoint: Checkpoint) -> "Tokenizer | None":
     """The tokenizer of a model folder; None where it has none, and token ids alone are served."""
-    path = checkpoint / _FILE
+    path = checkpoint.path / _FILE
     return Tokenizer(path) if is_there(path) else None
 
 
-def check_tokenizer(checkpoint: Path) -> None:
+def check_tokenizer(checkpoint: Checkpoint) -> None:
     """Refuse a model folder whose tokenizer cannot be used; raises CheckpointError.
 
     Reads all of it, which takes under half a second with the largest vocabularies.
     """
-    path = checkpoint / _FILE
-    if is_there(path):
-        _read(path)
+    path = checkpoint.path / _FILE
+    if not is_there(path):
+        return
+    # Added tokens, such as one for padding, may go beyond: a prompt with one is refused.
+    vocabulary = read_tokenizer(path).get_vocab(with_added_tokens=False)
+    largest, size = max(vocabulary.values(), default=0), checkpoint.spec.vocab_size
+    if largest >= size:
+        raise CheckpointError(
+            f"{path} is of another model: it makes token ids up to {largest}, and the model has a "
+            f"vocabulary of {size}"
+        )
 
 
 class Tokenizer:
@@ -49,7 +57,7 @@ class Tokenizer:
         `timeout_s` is how long `encode` may take, waiting included.
         """
         self._timeout_s = timeout_s
-        self._tokenizer = _read(path)
+        self._tokenizer = read_tokenizer(path)
         # One thread for each kind, so that long texts, which are a client's choice, keep only each
         # other waiting.
         self._short, self._long = (
@@ -92,14 +100,6 @@ class Tokenizer:
         check_length(len(encoding))
         ids: list[int] = encoding.ids
         return ids
-
-
-def _read(path: Path) -> tokenizers.Tokenizer:
-    content = read_file(path, CheckpointError, max_bytes=_MAX_BYTES)
-    try:
-        return tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{path} is not a usable tokenizer: {error}") from None
 
 
 class Detokenizer:

@@ -18,7 +18,7 @@ from janus_server.input_file import is_there
 from janus_server.model.config_json import read_object, shown
 from janus_server.model.families import Family, family_of
 from janus_server.model.fingerprint import fingerprint
-from janus_server.model.stored_tensors import StoredTensor, find_tensors, shard_of_tensors
+from janus_server.model.stored_tensors import StoredTensor, pick_tensors, stored_tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +37,11 @@ class Checkpoint:
         folder = Path(path)
         if not os.path.isdir(folder):  # Path.is_dir raises on names too long for the system
             raise CheckpointError(f"no checkpoint folder at {folder}")
+        if is_there(folder / "adapter_config.json"):
+            raise CheckpointError(
+                f"{folder} holds an adapter (adapter_config.json), which would have to be merged "
+                "into the weights first"
+            )
         config_path = folder / "config.json"
         config = read_object(config_path)
         family = family_of(config, config_path)
@@ -45,14 +50,14 @@ class Checkpoint:
         except (KeyError, ValueError) as error:
             reason = f"has no {error}" if isinstance(error, KeyError) else f"is unusable: {error}"
             raise CheckpointError(f"{config_path} {reason}") from None
-        shards = shard_of_tensors(folder)
+        stored = stored_tensors(folder)
         spec = dataclasses.replace(
             spec,
             eos_token_ids=_eos_token_ids(folder, config, spec),
             # A head of its own is used whatever config.json says, as in transformers.
-            tied_embeddings=spec.tied_embeddings and family.names.lm_head not in shards,
+            tied_embeddings=spec.tied_embeddings and family.names.lm_head not in stored,
         )
-        tensors = find_tensors(folder, shards, family.tensor_shapes(spec))
+        tensors = pick_tensors(folder, stored, family.tensor_shapes(spec))
         return cls(path=folder, spec=spec, family=family, tensors=tensors)
 
     def fingerprint(self) -> str:

@@ -17,6 +17,8 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 _FLOAT_DTYPES = frozenset({"F32", "BF16", "F16"})
+_PREFIX = "model."
+"""Whether a name begins with it makes no difference to transformers."""
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header, a little-endian number."""
 
@@ -34,51 +36,62 @@ class StoredTensor:
     num_bytes: int
 
 
-def find_tensors(
-    folder: Path, shards: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model folder, by name; raises CheckpointError."""
+    tensors: dict[str, StoredTensor] = {}
+    for path in _weight_files(folder):
+        header = _read_header(path)
+        for name in header.keys() & tensors.keys():
+            raise CheckpointError(f"{path} and {tensors[name].path} both hold {shown(name)}")
+        tensors |= header
+    return tensors
+
+
+def pick_tensors(
+    folder: Path, stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, StoredTensor]:
-    """The tensors that `shapes` calls for, each known to be whole; raises CheckpointError."""
-    missing = [name for name in shapes if name not in shards]
+    """The tensors that `shapes` calls for, each as it should be; raises CheckpointError."""
+    missing = [name for name in shapes if name not in stored]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of the {len(shapes)} tensors that its config.json "
             f"calls for, the first being {missing[0]}"
         )
-    headers = {path: _read_header(path) for path in {shards[name]: None for name in shapes}}
-    tensors = {}
     for name, shape in shapes.items():
-        path = shards[name]
-        if name not in headers[path]:
-            raise CheckpointError(f"{path} does not hold {name}, which the index says")
-        _check_tensor(name, headers[path][name], shape)
-        tensors[name] = headers[path][name]
-    return tensors
+        _check_tensor(name, stored[name], shape)
+        for other in (_PREFIX + name, name.removeprefix(_PREFIX)):
+            if other != name and other in stored:
+                raise CheckpointError(f"{folder} holds both {name} and {other}, one tensor twice")
+    return {name: stored[name] for name in shapes}
 
 
-def shard_of_tensors(folder: Path) -> dict[str, Path]:
-    """Every tensor of the folder and its file, from the index where there is one."""
-    if not is_there(folder / _INDEX):
-        if not is_there(folder / _SINGLE):
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / _SINGLE, folder / _INDEX
+    if not is_there(index):
+        if not is_there(single):
             raise CheckpointError(
                 f"{folder} has neither {_SINGLE} nor {_INDEX}; other weight formats are not read"
             )
-        return dict.fromkeys(_read_header(folder / _SINGLE), folder / _SINGLE)
-    weight_map = read_object(folder / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+        return [single]
+    if is_there(single):
         raise CheckpointError(
-            f"{folder / _INDEX} has no weight_map from tensors to safetensors files"
+            f"{folder} has both {_SINGLE} and {_INDEX}, and which weights are meant is not known"
         )
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map from tensors to safetensors files")
     for name in weight_map.values():
         # A shard beside the index, never a path that leads out of the folder.
         if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
             raise CheckpointError(
-                f"weight_map in {folder / _INDEX} must name safetensors files beside it, "
-                f"not {shown(name)}"
+                f"weight_map in {index} must name safetensors files beside it, not {shown(name)}"
             )
-    for name in sorted(set(weight_map.values())):
+    # The files are what counts, as in transformers, not which tensor is said to be in which.
+    names = sorted(set(weight_map.values()))
+    for name in names:
         if not is_there(folder / name):
             raise CheckpointError(f"the shard {name} is missing from {folder}")
-    return {tensor: folder / name for tensor, name in weight_map.items()}
+    return [folder / name for name in names]
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:

@@ -239,3 +239,42 @@ def test_integer_weights(folder: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match="stored as I8; F32, BF16 and F16 are read"):
         Checkpoint.open(folder)
+
+
+def test_the_same_tensor_in_two_shards(sharded: Path) -> None:
+    first, second, *_ = sorted(sharded.glob("*.safetensors"))
+    tensors = load_file(first)
+    name = min(tensors)
+    save_file(load_file(second) | {name: tensors[name] + 1}, second)
+    with pytest.raises(CheckpointError, match=f'.* and .* both hold "{re.escape(name)}"$'):
+        Checkpoint.open(sharded)
+
+
+def test_an_index_beside_a_single_file(folder: Path, sharded: Path) -> None:
+    shutil.copy(folder / "model.safetensors", sharded)
+    with pytest.raises(CheckpointError, match=r"has both model\.safetensors and model\.safeten"):
+        Checkpoint.open(sharded)
+
+
+def test_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds an adapter \(adapter_config\.json\)"):
+        Checkpoint.open(folder)
+
+
+def test_the_head_counts_though_the_index_does_not_name_it(sharded: Path) -> None:
+    edit_config(sharded, tie_word_embeddings=True)
+    index = sharded / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    del value["weight_map"]["lm_head.weight"]
+    index.write_text(json.dumps(value))
+    assert not Checkpoint.open(sharded).spec.tied_embeddings
+
+
+@pytest.mark.parametrize("other", ["norm.weight", "model.model.norm.weight"])
+def test_the_same_tensor_in_two_spellings(folder: Path, other: str) -> None:
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {other: torch.zeros(64)}, path)
+    sentence = f"holds both model.norm.weight and {other}, one tensor twice"
+    with pytest.raises(CheckpointError, match=re.escape(sentence)):
+        Checkpoint.open(folder)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import logging as transformers_logging
@@ -255,4 +256,48 @@ def test_key_that_is_not_served(folder: Path, changes: dict[str, object], senten
 def test_a_tied_checkpoint_with_a_head_of_its_own_uses_it(folder: Path) -> None:
     edit(folder, read_config(folder), tie_word_embeddings=True)
     assert not Checkpoint.open(folder).spec.tied_embeddings
+    assert disagreement(folder, "") is None
+
+
+LAYER = "model.layers.0"
+UNUSED_TENSORS: dict[str, dict[str, tuple[int, ...]]] = {
+    "biases": {
+        f"{LAYER}.self_attn.{name}_proj.bias": (size,)
+        for name, size in {"q": 64, "k": 32, "v": 32, "o": 64}.items()
+    },
+    "bias_of_the_gate": {
+        f"{LAYER}.mlp.gate.bias": (4,),
+        f"{LAYER}.mlp.gate.e_score_correction_bias": (4,),
+    },
+    "bias_of_the_norms": {f"{LAYER}.input_layernorm.bias": (64,), "model.norm.bias": (64,)},
+    "bias_of_the_head": {"lm_head.bias": (256,)},
+    "dense_part_of_a_mixture": {
+        f"{LAYER}.mlp.gate_proj.weight": (96, 64),
+        f"{LAYER}.mlp.up_proj.weight": (96, 64),
+        f"{LAYER}.mlp.down_proj.weight": (64, 96),
+    },
+    "shared_expert": {
+        f"{LAYER}.mlp.shared_expert.gate_proj.weight": (32, 64),
+        f"{LAYER}.mlp.shared_expert_gate.weight": (1, 64),
+    },
+    "frequencies": {
+        f"{LAYER}.self_attn.rotary_emb.inv_freq": (8,),
+        "model.rotary_emb.inv_freq": (8,),
+    },
+    "further_layer": {"model.layers.2.input_layernorm.weight": (64,)},
+    "scales": {f"{LAYER}.self_attn.q_proj.weight_scale_inv": (1, 1)},
+    "nothing_at_all": {"empty": (0, 3), "scalar": ()},
+}
+
+
+@pytest.mark.parametrize("name", UNUSED_TENSORS)
+def test_tensors_that_no_key_calls_for_are_ignored(folder: Path, name: str) -> None:
+    path = folder / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    more = {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in UNUSED_TENSORS[name].items()
+    }
+    save_file(load_file(path) | more, path)
+    reference_model(folder)
     assert disagreement(folder, "") is None

@@ -33,6 +33,7 @@ from janus_server.model.weights import WeightReader
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _CPU = torch.device("cpu")
+_MAX_BATCH_TOKENS = 8192
 _TIMEOUT_S = 600.0
 
 
@@ -154,7 +155,9 @@ class _Janus(_Runner):
         self.checkpoint = Checkpoint.open(config.checkpoint)
         with WeightReader(self.checkpoint, dtype=DTYPES[config.dtype], device=_CPU) as reader:
             weights = load_attention_weights(reader)
-        engine_config = EngineConfig(max_batch_tokens=8192, lanes=config.lanes, kv_cache_gib=1.0)
+        engine_config = EngineConfig(
+            max_batch_tokens=_MAX_BATCH_TOKENS, lanes=config.lanes, kv_cache_gib=1.0
+        )
         self._engine = Engine(self.checkpoint.spec, weights, engine_config)
 
     def run(self, prompts: Sequence[Sequence[int]], num_new: int) -> Timing:
@@ -217,6 +220,7 @@ def _group(store_address: str, rank: int) -> GroupConfig:
         rank=rank,
         num_attention=1,
         num_experts=1,
+        max_batch_tokens=(_MAX_BATCH_TOKENS,),
         timeout_s=_TIMEOUT_S,
         join_timeout_s=_TIMEOUT_S,
     )

@@ -30,6 +30,7 @@ def registration(role: "control_pb2.WorkerRole.ValueType", **fields: Any) -> Reg
             "pid": 1,
             "model_fingerprint": "same",
             "dtype": "bf16",
+            "max_batch_tokens": 64 if role == control_pb2.WORKER_ROLE_ATTENTION else 0,
             **fields,
         }
     )

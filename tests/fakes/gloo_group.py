@@ -48,6 +48,7 @@ def group_configs(
             rank=rank,
             num_attention=num_attention,
             num_experts=num_experts,
+            max_batch_tokens=(4096,) * num_attention,
             timeout_s=timeout_s,
             # Threads that share two cores may be slow to meet, however short a silence is.
             join_timeout_s=max(timeout_s, 20.0),

@@ -47,6 +47,7 @@ class RegisterRequest(_message.Message):
     ACTIVATION_COSTS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     COMPUTE_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_TOKENS_FIELD_NUMBER: _builtins.int
     role: Global___WorkerRole.ValueType
     address: _builtins.str
     """HOST:PORT of the worker's gRPC service; empty for a worker without one."""
@@ -56,6 +57,8 @@ class RegisterRequest(_message.Message):
     """SHA-256 of config.json: all workers must serve the same model."""
     dtype: _builtins.str
     """Number format of weights and activations, as --dtype names it: the same for all workers."""
+    max_batch_tokens: _builtins.int
+    """Of an attention worker: tokens of its steps at most. Expert workers believe no larger step."""
     @_builtins.property
     def activation_costs(self) -> Global___ActivationCosts:
         """Of an expert worker: what it measured on itself."""
@@ -72,10 +75,11 @@ class RegisterRequest(_message.Message):
         activation_costs: Global___ActivationCosts | None = ...,
         dtype: _builtins.str = ...,
         compute: Global___ComputeIdentity | None = ...,
+        max_batch_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["activation_costs", b"activation_costs", "compute", b"compute"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_costs", b"activation_costs", "address", b"address", "compute", b"compute", "dtype", b"dtype", "model_fingerprint", b"model_fingerprint", "pid", b"pid", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_costs", b"activation_costs", "address", b"address", "compute", b"compute", "dtype", b"dtype", "max_batch_tokens", b"max_batch_tokens", "model_fingerprint", b"model_fingerprint", "pid", b"pid", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -348,6 +352,7 @@ class Worker(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_TOKENS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___WorkerRole.ValueType
     rank: _builtins.int
@@ -355,6 +360,8 @@ class Worker(_message.Message):
     address: _builtins.str
     pid: _builtins.int
     ready: _builtins.bool
+    max_batch_tokens: _builtins.int
+    """As it registered."""
     def __init__(
         self,
         *,
@@ -364,10 +371,11 @@ class Worker(_message.Message):
         address: _builtins.str = ...,
         pid: _builtins.int = ...,
         ready: _builtins.bool = ...,
+        max_batch_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "pid", b"pid", "rank", b"rank", "ready", b"ready", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "max_batch_tokens", b"max_batch_tokens", "pid", b"pid", "rank", b"rank", "ready", b"ready", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from janus_server.bounds import Between, Threads
-from janus_server.comm.config import MAX_LANES, CommConfig
+from janus_server.comm.config import MAX_BATCH_TOKENS, MAX_LANES, CommConfig
 from janus_server.model.config import DeviceIndex, MaxContext, ModelConfig
 from janus_server.process import ProcessConfig
 
@@ -13,7 +13,7 @@ from janus_server.process import ProcessConfig
 class EngineConfig:
     """Batching and KV cache of each attention worker."""
 
-    max_batch_tokens: Annotated[int, Between(1, 2**20)] = 2048
+    max_batch_tokens: Annotated[int, Between(1, MAX_BATCH_TOKENS)] = 2048
     """Tokens fed to the model in one step; longer prompts are prefilled in chunks."""
 
     max_sequences: Annotated[int, Between(1, 2**16)] = 64

@@ -134,6 +134,7 @@ async def _serve_epoch(
             address=address,
             model_fingerprint=fingerprint,
             dtype=config.model.dtype,
+            max_batch_tokens=config.engine.max_batch_tokens,
             compute=compute_identity(device_of(config.model, config.device_index), config.threads),
         ),
         timeout_s=config.comm.startup_timeout_s,

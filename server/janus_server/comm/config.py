@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from janus_server.bounds import Seconds
 
+MAX_BATCH_TOKENS = 2**20
+"""Tokens of an attention worker's step at most."""
+
 MAX_LANES = 4
 """Micro-batches of a step at most."""
 

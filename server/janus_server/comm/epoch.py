@@ -28,6 +28,8 @@ class GroupConfig:
     """Attention workers of the epoch."""
     num_experts: int
     """Expert workers of the epoch."""
+    max_batch_tokens: tuple[int, ...]
+    """For each attention worker: tokens of a step at most."""
     timeout_s: float
     """Longest silence of a peer that is expected to say something."""
     join_timeout_s: float
@@ -56,6 +58,7 @@ def group_config(
         rank=member(epoch, worker_id).rank,
         num_attention=len(epoch.attention_workers),
         num_experts=len(epoch.expert_workers),
+        max_batch_tokens=tuple(worker.max_batch_tokens for worker in epoch.attention_workers),
         timeout_s=comm.comm_timeout_s,
         join_timeout_s=comm.startup_timeout_s,
     )

@@ -31,15 +31,24 @@ from janus_server.comm.config import MAX_LANES
 from janus_server.comm.epoch import GroupConfig
 from janus_server.comm.gloo_group import Group, GroupClosedError, close_group, peer_errors
 from janus_server.comm.sequencing import Announcement, StepLayout, StepSequencer
+from janus_server.comm.step_words import (
+    ANNOUNCEMENT_WORDS,
+    layout_words_of,
+    read_announcement,
+    read_layout,
+    write_announcement,
+    write_layout,
+)
 from janus_server.errors import PeerLostError
 
 _CONTROL_TAG = 0
 _LISTENER_GRACE_S = 1.0
 """How long listeners may take to notice the end, in seconds."""
-_ANNOUNCEMENT_WORDS = 2 + MAX_LANES
-"""The kind of announcement, the number of lanes, and the tokens of each lane."""
 _SIGN_OF_LIFE = torch.tensor([int(Announcement.IDLE)])
 _STEP_STARTS = torch.tensor([int(Announcement.WORK)])
+
+_Heard = tuple[int, Announcement, tuple[int, ...]]
+"""(rank, what it announced, tokens in each lane)"""
 
 
 class GlooExpertPool:
@@ -50,7 +59,7 @@ class GlooExpertPool:
         self._experts = config.expert_ranks
         self._announcement: PendingTransfer | None = None
         # Kept while gloo reads from it.
-        self._words = torch.zeros(_ANNOUNCEMENT_WORDS, dtype=torch.int64)
+        self._words = torch.zeros(ANNOUNCEMENT_WORDS, dtype=torch.int64)
         self._start: PendingTransfer | None = None
         self._start_word = torch.zeros_like(_STEP_STARTS)
 
@@ -106,14 +115,17 @@ class GlooExpertPool:
             with peer_errors("while waiting for a step to start"):
                 self._start.wait()
             has_started = torch.equal(self._start_word, _STEP_STARTS)
+            if not has_started and not torch.equal(self._start_word, _SIGN_OF_LIFE):
+                raise PeerLostError(
+                    "the first expert worker was given up: it answered a step with "
+                    f"{self._start_word.item()}"
+                )
             self._start = None if has_started else self._post_start()
 
     def _announce(self, kind: Announcement, lane_tokens: Sequence[int] = ()) -> None:
         self._await_start()  # a step without MoE layers has not waited for its start yet
         self._await_announcement()
-        self._words[0], self._words[1] = kind, len(lane_tokens)
-        for lane, tokens in enumerate(lane_tokens):
-            self._words[2 + lane] = tokens
+        self._words[:] = torch.tensor(write_announcement(kind, lane_tokens))
         with peer_errors("while announcing a step"):
             self._announcement = self._group.send([self._words], self._experts[0], _CONTROL_TAG)
 
@@ -147,7 +159,7 @@ class GlooAttentionPool:
         self._device = device
         self._leads = config.rank == config.expert_ranks[0]
         self._sequencer = StepSequencer(range(config.num_attention))
-        self._heard: queue.SimpleQueue[tuple[int, list[int]] | PeerLostError] = queue.SimpleQueue()
+        self._heard: queue.SimpleQueue[_Heard | PeerLostError] = queue.SimpleQueue()
         self._waiting: set[int] = set()
         """Attention workers whose announced step has not started; read by listeners, too."""
         self._waiting_lock = threading.Lock()
@@ -265,16 +277,16 @@ class GlooAttentionPool:
             heard = self._heard.get()
             if isinstance(heard, PeerLostError):
                 raise heard
-            rank, words = heard
-            kind = Announcement(words[0])
-            self._sequencer.offer(rank, kind, words[2 : 2 + words[1]])
+            rank, kind, lane_tokens = heard
+            self._sequencer.offer(rank, kind, lane_tokens)
             if kind is Announcement.IDLE:
                 self._lead(Announcement.IDLE)
         self._lead(Announcement.WORK, layout)
         return layout
 
     def _listen(self, rank: int) -> None:
-        words = torch.zeros(_ANNOUNCEMENT_WORDS, dtype=torch.int64)
+        words = torch.zeros(ANNOUNCEMENT_WORDS, dtype=torch.int64)
+        max_tokens = self._config.max_batch_tokens[rank]
         kind = Announcement.IDLE
         try:
             while kind is not Announcement.CLOSE:
@@ -283,12 +295,14 @@ class GlooAttentionPool:
                     if kind is Announcement.WORK:
                         self._await_step_end(rank)
                     arrival.wait()
-                kind = Announcement(int(words[0]))
+                kind, lane_tokens = read_announcement(
+                    words.tolist(), rank=rank, max_tokens=max_tokens
+                )
                 if kind is Announcement.WORK:
                     self._step_over[rank].clear()
                     with self._waiting_lock:
                         self._waiting.add(rank)
-                self._heard.put((rank, words.tolist()))
+                self._heard.put((rank, kind, lane_tokens))
         except GroupClosedError:
             return  # the thread that closed the group has said why
         except PeerLostError as error:
@@ -303,15 +317,8 @@ class GlooAttentionPool:
                     signs.append(self._group.send([_SIGN_OF_LIFE], rank, _CONTROL_TAG))
 
     def _lead(self, kind: Announcement, layout: StepLayout | None = None) -> None:
-        """Tell the other expert workers what comes next.
-
-        [kind, then for each attention worker its number of lanes and the tokens of each lane].
-        """
-        words = torch.zeros(1 + self._config.num_attention * (1 + MAX_LANES), dtype=torch.int64)
-        words[0] = kind
-        table = words[1:].view(self._config.num_attention, 1 + MAX_LANES)
-        for rank, tokens in layout.lane_tokens.items() if layout else ():
-            table[rank, : 1 + len(tokens)] = torch.tensor([len(tokens), *tokens])
+        """Tell the other expert workers what comes next."""
+        words = torch.tensor(write_layout(kind, layout, num_attention=self._config.num_attention))
         with peer_errors("while passing a step on to the expert workers"):
             for transfer in [
                 self._group.send([words], rank, _CONTROL_TAG)
@@ -320,23 +327,16 @@ class GlooAttentionPool:
                 transfer.wait()
 
     def _follow(self) -> StepLayout | None:
-        words = torch.zeros(1 + self._config.num_attention * (1 + MAX_LANES), dtype=torch.int64)
-        kind = Announcement.IDLE
+        words = torch.zeros(layout_words_of(self._config.num_attention), dtype=torch.int64)
+        kind, layout = Announcement.IDLE, None
         # Twice the deadline: the first expert worker may finish its layer and then wait for a
         # silent peer. It must give up before this worker, as it knows which peer was silent.
         deadline = timedelta(seconds=2 * self._config.timeout_s)
         while kind is Announcement.IDLE:
             with peer_errors("while waiting for the first expert worker to start a step"):
                 self._group.recv([words], self._config.expert_ranks[0], _CONTROL_TAG).wait(deadline)
-            kind = Announcement(int(words[0]))
-        if kind is Announcement.CLOSE:
-            return None
-        table = words[1:].view(self._config.num_attention, 1 + MAX_LANES).tolist()
-        return StepLayout(
-            lane_tokens={
-                rank: tuple(row[1 : 1 + row[0]]) for rank, row in enumerate(table) if row[0]
-            }
-        )
+            kind, layout = read_layout(words.tolist(), max_tokens=self._config.max_batch_tokens)
+        return layout
 
 
 def _data_tag(layer: int, lane: int) -> int:

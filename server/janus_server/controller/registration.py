@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from janus_proto.v1 import control_pb2
 from janus_scheduler.activation import ActivationCosts
+from janus_scheduler.request import check_range
 from janus_server.addresses import split_address
+from janus_server.comm.config import MAX_BATCH_TOKENS
 from janus_server.comm.epoch import costs_of
 from janus_server.errors import ConfigError
 
@@ -43,6 +45,8 @@ class Registration:
     costs: ActivationCosts | None
     """What an expert worker measured on itself."""
     compute: control_pb2.ComputeIdentity
+    max_batch_tokens: int
+    """Of an attention worker's step; 0 for an expert worker."""
 
 
 def check_registration(
@@ -66,6 +70,7 @@ def check_registration(
     has_costs = request.HasField("activation_costs")
     try:
         _check_address(request)
+        _check_batch(request)
         costs = costs_of(request.activation_costs) if has_costs else None
     except (ConfigError, ValueError) as error:
         raise RegistrationRefusedError(f"{worker} cannot take part: {error}") from None
@@ -75,7 +80,15 @@ def check_registration(
         pid=request.pid,
         costs=costs,
         compute=request.compute,
+        max_batch_tokens=request.max_batch_tokens,
     )
+
+
+def _check_batch(request: control_pb2.RegisterRequest) -> None:
+    if request.role == control_pb2.WORKER_ROLE_ATTENTION:
+        check_range("max_batch_tokens", request.max_batch_tokens, 1, MAX_BATCH_TOKENS)
+    elif request.max_batch_tokens:
+        raise ValueError("an expert worker has no steps of its own")
 
 
 def compute_differences(

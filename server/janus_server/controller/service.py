@@ -151,6 +151,7 @@ class ControlService(ControlServiceServicer):
             rank=rank,
             address=member.registration.address,
             pid=member.registration.pid,
+            max_batch_tokens=member.registration.max_batch_tokens,
             ready=self._membership.is_ready(member),
         )
 

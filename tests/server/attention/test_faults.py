@@ -129,8 +129,10 @@ def test_a_row_that_cannot_be_sampled_ends_its_request_alone(
 ) -> None:
     engine = make_engine(folder)
     add(engine)
-    # No generator takes this seed.
-    engine.add("cannot", (3, 4), params(temperature=1.0, seed=-1))
+    broken = params(temperature=1.0)
+    # No generator takes this seed; the bounds of the parameters would not let it through.
+    object.__setattr__(broken, "seed", -1)
+    engine.add("cannot", (3, 4), broken)
     tokens, failures = run(engine, local_pool(folder, 2))
     assert tokens == right
     assert failures.keys() == {"cannot"}

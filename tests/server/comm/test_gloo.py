@@ -7,6 +7,7 @@ import torch
 
 from janus_server.comm.gloo import GlooExpertPool
 from janus_server.comm.gloo_group import join_group
+from janus_server.comm.step_words import ANNOUNCEMENT_WORDS
 from janus_server.errors import PeerLostError
 from janus_server.model.checkpoint import Checkpoint
 from tests.conftest import CheckpointFactory
@@ -146,6 +147,46 @@ def test_a_silent_attention_worker_is_named() -> None:
         attention_side(configs[0])
         with pytest.raises(PeerLostError, match="attention worker"):
             experts.result(DEADLINE_S)
+
+
+@pytest.mark.parametrize("words", [[9, 0], [0, -1], [0, 1, 2**62], [0, 1, 4097], [0, 5]])
+def test_an_attention_worker_that_speaks_nonsense_is_named(words: list[int]) -> None:
+    with group_configs(1, 2, timeout_s=DEADLINE_S) as configs:
+        experts = [
+            in_thread(lambda c=config: serve_experts(c, times(1), layers=[0], hidden_size=HIDDEN))
+            for config in configs[1:]
+        ]
+        group = join_group(configs[0])
+        said = torch.tensor([*words, *[0] * (ANNOUNCEMENT_WORDS - len(words))])
+        group.send([said], configs[0].expert_ranks[0], 0).wait()
+        with pytest.raises(PeerLostError, match="attention worker 0 was given up: it announced"):
+            experts[0].result(DEADLINE_S)
+        with pytest.raises(PeerLostError):
+            experts[1].result(DEADLINE_S)
+
+
+def test_a_layout_that_makes_no_sense_is_refused() -> None:
+    with group_configs(1, 2, timeout_s=DEADLINE_S) as configs:
+        follower = in_thread(
+            lambda: serve_experts(configs[2], times(1), layers=[0], hidden_size=HIDDEN)
+        )
+        attention = in_thread(lambda: attention_side(configs[0]))
+        group = join_group(configs[1])
+        attention.result(DEADLINE_S)
+        group.send([torch.tensor([0, 1, 2**40, 0, 0, 0])], configs[2].rank, 0).wait()
+        with pytest.raises(PeerLostError, match="the first expert worker was given up: it said"):
+            follower.result(DEADLINE_S)
+
+
+def test_a_step_that_is_answered_with_nonsense_is_given_up() -> None:
+    with group_configs(1, 1, timeout_s=DEADLINE_S) as configs:
+        joining = in_thread(lambda: attention_side(configs[0]))
+        group, pool = join_group(configs[1]), joining.result(DEADLINE_S)
+        stepping = in_thread(lambda: run_step(pool, [0], 1))
+        group.recv([torch.zeros(ANNOUNCEMENT_WORDS, dtype=torch.int64)], 0, 0).wait()
+        group.send([torch.tensor([7])], 0, 0).wait()
+        with pytest.raises(PeerLostError, match="given up: it answered a step with 7"):
+            stepping.result(DEADLINE_S)
 
 
 def slow_steps(started: threading.Event):  # type: ignore[no-untyped-def]

@@ -19,6 +19,7 @@ def test_what_may_take_part(role: int) -> None:
     costs = control_pb2.ActivationCosts(expert_ps=5, pair_ps=10**12)
     checked = check_registration(registration(role, activation_costs=costs), DEPLOYMENT)
     assert (checked.role, checked.address, checked.pid) == (role, "host:1", 1)
+    assert checked.max_batch_tokens == (64 if role == ATTENTION else 0)
     assert (checked.costs.expert_ps, checked.costs.pair_ps) == (5, 10**12)
 
 
@@ -52,6 +53,9 @@ def test_an_expert_worker_has_no_address() -> None:
             {"activation_costs": control_pb2.ActivationCosts(expert_ps=2**64 - 1, pair_ps=1)},
             "must be from 1 to 1000000000000 ps",
         ),
+        (ATTENTION, {"max_batch_tokens": 0}, "max_batch_tokens is 0; it must be from 1 to 1048576"),
+        (ATTENTION, {"max_batch_tokens": 2**32 - 1}, "max_batch_tokens is 4294967295"),
+        (EXPERT, {"max_batch_tokens": 1}, "an expert worker has no steps of its own"),
         (
             EXPERT,
             {"compute": control_pb2.ComputeIdentity(device="x" * 2**15)},

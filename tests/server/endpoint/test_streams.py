@@ -85,6 +85,20 @@ def test_take_waits_for_something_new() -> None:
     within_deadline(check())
 
 
+def test_a_take_that_waits_learns_of_an_abort_and_of_a_failure() -> None:
+    async def check() -> None:
+        aborted, failed = RequestStream("a"), RequestStream("f")
+        takes = [asyncio.create_task(stream.take()) for stream in (aborted, failed)]
+        await asyncio.sleep(0)
+        aborted.abort()
+        failed.fail(UnavailableError("gone"))
+        assert (await takes[0]).finish_reason == ABORT
+        with pytest.raises(UnavailableError, match="gone"):
+            await takes[1]
+
+    within_deadline(check())
+
+
 def test_a_client_that_is_far_behind_is_given_up() -> None:
     async def check() -> None:
         stream = RequestStream("r")

@@ -9,8 +9,8 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from janus_server.errors import JanusError
-from janus_server.standard_streams import forget_output, open_closed_streams
+from janus_server.errors import JanusError, sentence_of
+from janus_server.standard_streams import end_output, open_closed_streams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,13 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(arguments)
         sys.stdout.flush()
         return status
-    except JanusError as error:
-        print(f"janus: {error}", file=sys.stderr)
-        return _EXIT_ERROR
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader left
-        forget_output()
+        end_output()
+        return _EXIT_ERROR
+    except (JanusError, OSError, MemoryError, RuntimeError, BaseExceptionGroup) as error:
+        sentence = sentence_of(error)
+        if sentence is None:
+            raise
+        print(f"janus: {sentence}", file=sys.stderr)
+        end_output()
         return _EXIT_ERROR
 
 

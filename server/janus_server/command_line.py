@@ -183,6 +183,8 @@ def _split_off_tuples(
         if argument == "--":
             rest += [argument, *arguments]
             break
+        if flag.startswith("--") and name in POSITIONAL_FIELDS and name in kinds:
+            raise ConfigError(f"{flag} is no flag: the {name} is given without one")
         if not (flag.startswith("--") and element_type(kinds.get(name))):
             rest.append(argument)
             continue

@@ -29,7 +29,7 @@ def read_config_file(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """
     content = read_file(path, ConfigError, max_bytes=_MAX_BYTES)
     try:
-        table = tomllib.loads(content.decode())
+        table = tomllib.loads(content.decode("utf-8-sig"))  # as editors on Windows write it
     except (ValueError, RecursionError) as error:  # tomllib lets more through than its own error
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     for key, value in table.items():

@@ -2,7 +2,32 @@
 
 
 class JanusError(Exception):
-    """Base of what is reported as a sentence, never as a traceback."""
+    """Base of what is reported as a sentence, never as a traceback.
+
+    The sentence is one line, whatever names of files or keys it quotes.
+    """
+
+    def __str__(self) -> str:
+        """The sentence, in which line ends and terminal codes are written as in Python."""
+        return "".join(
+            char if char.isprintable() else char.encode("unicode_escape").decode()
+            for char in super().__str__()
+        )
+
+
+def sentence_of(error: BaseException) -> str | None:
+    """What a user is told of an error of Janus or of the system; None for a fault of the code."""
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(sentence_of, error.exceptions)), None)
+    if isinstance(error, JanusError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return "there is no memory left"
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        return "no thread can be started: see the limits of the system (ulimit -u and -v)"
+    return None
 
 
 class CheckpointError(JanusError):

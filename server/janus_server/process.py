@@ -7,6 +7,7 @@ event; a process with a lifeline never outlives its parent by more than `LIFELIN
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ from typing import NoReturn, Protocol, TypeVar
 import uvloop
 
 from janus_server import command_line
-from janus_server.errors import JanusError
+from janus_server.errors import ConfigError, JanusError, sentence_of
 from janus_server.standard_streams import open_closed_streams, say
 from janus_server.telemetry import LogLevel, configure_logging
 
@@ -26,6 +27,12 @@ logger = logging.getLogger(__name__)
 
 LIFELINE_GRACE_S = 20.0
 """How long an orderly stop may take once the parent is gone, in seconds."""
+
+_MIN_OPEN_FILES = 128
+"""A process has one for each connection, and gRPC aborts where it can open none."""
+_ENOUGH_OPEN_FILES = 2**16
+_MIN_ADDRESS_SPACE = 2 * 2**30
+"""Bytes that torch and the threads of gRPC take, before any weight is read."""
 
 _ANNOUNCEMENT = "listening "
 
@@ -57,27 +64,53 @@ def run(
 ) -> NoReturn:
     """Parse `cls` from the command line, run `main(config, stop)` until it returns, and exit.
 
-    `main` must return soon after `stop` is set. The exit status is 0, or 1 after a JanusError,
-    whose sentence is logged without a traceback; any other exception passes.
+    `main` must return soon after `stop` is set. The exit status is 0, or 1 after a JanusError
+    or a complaint of the system, which is logged without a traceback; any other exception passes.
     """
     open_closed_streams()
     configure_logging(name)
     status = 1
     try:
+        check_surroundings()
         prog = f"python -m janus_server.{name}"
         config = command_line.parse(cls, sys.argv[1:] if argv is None else argv, prog=prog)
         configure_logging(name, config.process.log_level)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run_until_stopped(config, main))
         status = 0
-    except (JanusError, BaseExceptionGroup) as error:
-        cause = _first_janus_error(error)
-        if cause is None:
+    except (JanusError, OSError, MemoryError, RuntimeError, BaseExceptionGroup) as error:
+        sentence = sentence_of(error)
+        if sentence is None:
             raise
-        logger.error("%s", cause)
+        logger.error("%s", sentence)
     # The interpreter's own exit would abort, with a core dump, on a thread that is inside C++.
     logging.shutdown()
     os._exit(status)
+
+
+def check_surroundings() -> None:
+    """Raise the limit of open files, and refuse what no process can work with.
+
+    Raises ConfigError.
+    """
+    try:
+        os.getcwd()
+    except OSError:  # libraries that torch loads end the process
+        raise ConfigError("the working directory is gone; start from one that exists") from None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = _ENOUGH_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_OPEN_FILES)
+    if resource.RLIM_INFINITY != soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if limit < _MIN_OPEN_FILES:
+        raise ConfigError(
+            f"a process may open {limit} files here (ulimit -n), fewer than {_MIN_OPEN_FILES}"
+        )
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if resource.RLIM_INFINITY != address_space < _MIN_ADDRESS_SPACE:
+        raise ConfigError(
+            f"a process may address {address_space} bytes here (ulimit -v), fewer than "
+            f"{_MIN_ADDRESS_SPACE}"
+        )
 
 
 def announce(address: str) -> None:
@@ -130,10 +163,3 @@ def _watch_lifeline(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> Non
     time.sleep(LIFELINE_GRACE_S)
     logger.error("still running %.0f s after the parent ended; exiting hard", LIFELINE_GRACE_S)
     os._exit(1)
-
-
-def _first_janus_error(error: BaseException) -> JanusError | None:
-    if isinstance(error, BaseExceptionGroup):
-        found = (_first_janus_error(inner) for inner in error.exceptions)
-        return next((inner for inner in found if inner is not None), None)
-    return error if isinstance(error, JanusError) else None

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +29,17 @@ def say(line: str) -> None:
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
     except OSError as error:
-        forget_output()
+        end_output()
         logger.warning("%s (standard output cannot be written: %s)", line, error.strerror)
 
 
-def forget_output() -> None:
-    """Drop what standard output could not write, and all that follows.
+def end_output() -> None:
+    """Write what standard output holds; where that fails, drop it and all that follows.
 
     Otherwise the interpreter's last flush fails as well, and its complaint and status are seen.
     """
+    with suppress(OSError):
+        sys.stdout.flush()
+        return
     with open(os.devnull, "w") as devnull:
         os.dup2(devnull.fileno(), sys.stdout.fileno())

@@ -61,6 +61,24 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     child.stderr.close()
 
 
+def run_with_full_output(*argv: str) -> subprocess.CompletedProcess[str]:
+    program = f"import sys; from janus_server.cli import main; sys.exit(main({list(argv)}))"
+    with open("/dev/full", "w") as full:
+        return subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+
+def test_a_full_disk_is_one_sentence() -> None:
+    child = run_with_full_output("--help")
+    assert (child.returncode, child.stderr) == (1, "janus: No space left on device\n")
+
+
 def test_a_summary_is_the_first_line_of_the_docstring() -> None:
     def command(argv: Sequence[str]) -> int:
         """Do it.

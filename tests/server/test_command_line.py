@@ -205,6 +205,7 @@ def test_a_boolean_key(tmp_path: Path, text: str, expected: bool) -> None:
         ("kv_cache_gib = false", "the key kv_cache_gib must be a number"),
         ("transport = 1", "the key transport must be a string"),
         ("checkpoint = 3", "the key checkpoint must be a string"),
+        ('"a\\nb" = 3', r"there is no key a\\nb$"),
     ],
 )
 def test_a_bad_file_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
@@ -245,6 +246,17 @@ def test_a_boolean_key_wants_a_boolean(tmp_path: Path) -> None:
     path = write(tmp_path, 'lifeline = "yes"')
     with pytest.raises(ConfigError, match="lifeline must be true or false"):
         parse(ControllerConfig, ["x", "--config", path], prog="p")
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write(tmp_path, "\ufefflanes = 2")
+    assert parse(ServeConfig, ["x", "--config", path], prog="p").engine.lanes == 2
+
+
+def test_the_checkpoint_is_no_flag() -> None:
+    for argv in (["--checkpoint", "x"], ["--checkpoint=x"], ["x", "--checkpoint", "x"]):
+        with pytest.raises(ConfigError, match="--checkpoint is no flag: the checkpoint is given"):
+            parse(ServeConfig, argv, prog="p")
 
 
 def test_a_missing_file_and_a_missing_path() -> None:

@@ -47,6 +47,7 @@ def start(tmp_path: Path):
         script.write_text(PREAMBLE + main + ENDING)
         child = subprocess.Popen(
             [sys.executable, str(script), *argv],
+            cwd=tmp_path,
             stdin=subprocess.PIPE,
             stdout=stdout,
             stderr=subprocess.PIPE,
@@ -162,6 +163,41 @@ async def main(config, stop):
     output, errors = child.communicate(timeout=60)
     assert (child.returncode, output) == (status, "")
     assert errors.count("\n") == status
+
+
+@pytest.mark.parametrize(
+    ("preparation", "sentence"),
+    [
+        (
+            "os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')",
+            "the working directory is gone",
+        ),
+        (
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))",
+            "a process may open 64 files here",
+        ),
+        ("resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))", "may address 1073741824 bytes"),
+    ],
+)
+def test_surroundings_in_which_nothing_can_work(start, preparation: str, sentence: str) -> None:
+    child = start(f"import os, resource\n{preparation}\n{UNTIL_STOPPED}")
+    output, errors = child.communicate(timeout=60)
+    assert (child.returncode, output) == (1, "")
+    assert errors.count("\n") == 1
+    assert sentence in errors
+
+
+def test_the_limit_of_open_files_is_raised(start) -> None:
+    child = start("""
+import resource
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+
+async def main(config, stop):
+    process.announce(str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+""")
+    assert int(announced_address(child.stdout.readline())) >= 128
+    assert child.wait(60) == 0
 
 
 def test_any_other_error_keeps_its_traceback(start) -> None:

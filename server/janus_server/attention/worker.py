@@ -95,6 +95,8 @@ async def serve(
     use_cpu(config.threads)
     service = AttentionWorkerService()
     secret = read_secret(config.comm)
+    control = ControlClient(config.controller, secret)
+    host = advertised_host(config.advertise_host, config.listen)
     server = await start_internal_server(
         lambda grpc_server: add_AttentionWorkerServiceServicer_to_server(service, grpc_server),
         [worker_pb2.DESCRIPTOR.services_by_name["AttentionWorkerService"].full_name],
@@ -102,8 +104,6 @@ async def serve(
         secret,
     )
     announce(server.address)
-    control = ControlClient(config.controller, secret)
-    host = advertised_host(config.advertise_host, config.listen)
     address = join_address(
         host or own_address_towards(config.controller), split_address(server.address)[1]
     )

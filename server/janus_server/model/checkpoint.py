@@ -35,6 +35,10 @@ class Checkpoint:
     def open(cls, path: str | Path) -> "Checkpoint":
         """Check the folder at `path`; raises CheckpointError with one sentence on what is wrong."""
         folder = Path(path)
+        try:
+            os.fspath(folder).encode()
+        except UnicodeEncodeError:  # safetensors and tokenizers cannot open it
+            raise CheckpointError(f"the path of the checkpoint is not UTF-8: {folder}") from None
         if not os.path.isdir(folder):  # Path.is_dir raises on names too long for the system
             raise CheckpointError(f"no checkpoint folder at {folder}")
         if is_there(folder / "adapter_config.json"):

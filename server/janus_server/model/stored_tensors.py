@@ -98,10 +98,12 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     check_regular(path, CheckpointError)
     try:
         # The library that will read the tensors judges whether the file is whole.
-        with safe_open(path, framework="numpy"), path.open("rb") as file:
+        with path.open("rb") as file, safe_open(path, framework="numpy"):
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             header: dict[str, Any] = json.loads(file.read(length))
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except SafetensorError as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file (truncated or damaged): {error}"
         ) from None

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -278,3 +279,8 @@ def test_the_same_tensor_in_two_spellings(folder: Path, other: str) -> None:
     sentence = f"holds both model.norm.weight and {other}, one tensor twice"
     with pytest.raises(CheckpointError, match=re.escape(sentence)):
         Checkpoint.open(folder)
+
+
+def test_a_path_that_is_not_utf_8(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is not UTF-8: .*b\\udcff$"):
+        Checkpoint.open(folder.rename(folder.with_name(os.fsdecode(b"b\xff"))))

@@ -83,7 +83,8 @@ _answers: set[asyncio.Task[None]] = set()
 
 
 async def _answer_unknown(call: Any) -> None:
-    context = cygrpc._ServicerContext(call, None, None, asyncio.get_running_loop())
+    loop = asyncio.get_running_loop()
+    context = cygrpc._ServicerContext(call, None, None, loop)  # pyright: ignore[reportAttributeAccessIssue]
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_UNKNOWN_TIMEOUT_S):
             await _abort(context, grpc.StatusCode.UNIMPLEMENTED, "there is no such method")

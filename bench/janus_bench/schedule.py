@@ -39,7 +39,7 @@ from janus_scheduler.placement_policies import (
 from janus_server.bounds import Between
 from janus_server.command_line import parse
 from janus_server.controller.config import ScheduleConfig
-from janus_server.controller.membership import given_costs
+from janus_server.controller.scheduling import given_costs
 from janus_server.errors import ConfigError
 
 _TRACE_TOKENS = 8192

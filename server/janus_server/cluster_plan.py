@@ -9,8 +9,9 @@ from janus_server.comm.authentication import read_secret
 from janus_server.command_line import to_argv
 from janus_server.config import ServeConfig
 from janus_server.controller.config import ControllerConfig
-from janus_server.controller.membership import check_pools, given_costs
+from janus_server.controller.membership import check_pools
 from janus_server.controller.placement import first_placement
+from janus_server.controller.scheduling import given_costs
 from janus_server.endpoint.config import EndpointConfig
 from janus_server.endpoint.tokenizer import check_tokenizer
 from janus_server.experts.config import ExpertConfig

@@ -18,10 +18,10 @@ from janus_server.controller.membership import (
     HEARTBEAT_INTERVAL_S,
     Membership,
     check_pools,
-    given_costs,
 )
 from janus_server.controller.placement import first_placement
 from janus_server.controller.registration import Deployment
+from janus_server.controller.scheduling import given_costs
 from janus_server.controller.service import SERVICE_NAME, ControlService
 from janus_server.model.checkpoint import Checkpoint
 

@@ -6,11 +6,10 @@ outside. `version` grows with everything that a watcher would see differently.
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from janus_proto.v1 import control_pb2
-from janus_scheduler.activation import ActivationCosts, Scheduling
+from janus_scheduler.activation import Scheduling
 from janus_scheduler.model_spec import ModelSpec
 from janus_scheduler.placement import Placement
 from janus_server.controller.activity import ExpertActivity
@@ -20,8 +19,9 @@ from janus_server.controller.registration import (
     Deployment,
     Registration,
     check_registration,
-    compute_differences,
+    warn_of_differences,
 )
+from janus_server.controller.scheduling import agreed_scheduling
 from janus_server.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -188,58 +188,13 @@ class Membership:
             attention_workers=tuple(attention),
             expert_workers=tuple(experts),
             placement=self._placement if experts else None,
-            scheduling=self._scheduling(experts) if experts else None,
+            scheduling=(
+                agreed_scheduling(self._schedule, [member.registration for member in experts])
+                if experts
+                else None
+            ),
         )
         logger.info(
             "epoch %d: %d attention and %d expert workers", number, len(attention), len(experts)
         )
-        _warn_of_differences(experts)
-
-    def _scheduling(self, experts: Sequence[Member]) -> Scheduling:
-        """The costs are those of the slowest worker, for which the others wait."""
-        given = given_costs(self._schedule)
-        measured = [member.registration.costs for member in experts]
-        costs = [given] if given else [one for one in measured if one is not None]
-        agreed = ActivationCosts(
-            expert_ps=max((one.expert_ps for one in costs), default=1),
-            pair_ps=max((one.pair_ps for one in costs), default=1),
-        )
-        logger.info(
-            "schedule %s: an expert costs %.1f us, a token-expert pair %.3f us",
-            self._schedule.schedule,
-            agreed.expert_ps / 1e6,
-            agreed.pair_ps / 1e6,
-        )
-        return Scheduling(policy=self._schedule.schedule, costs=agreed)
-
-
-def _warn_of_differences(experts: Sequence[Member]) -> None:
-    """Log, for each kind of expert worker, how it differs from the first of all."""
-    warned: set[tuple[str, ...]] = {()}
-    for member in experts:
-        first = experts[0]
-        found = compute_differences(first.registration.compute, member.registration.compute)
-        if tuple(found) not in warned:
-            warned.add(tuple(found))
-            logger.warning(
-                "%s and %s may round differently, and then choose different experts for a token: "
-                "%s",
-                first.worker_id,
-                member.worker_id,
-                "; ".join(found),
-            )
-
-
-def given_costs(schedule: ScheduleConfig) -> ActivationCosts | None:
-    """The costs that the configuration names, if any; raises ConfigError where they cannot be."""
-    if not schedule.expert_us and not schedule.pair_us:
-        return None
-    for flag, cost_us in (("expert-us", schedule.expert_us), ("pair-us", schedule.pair_us)):
-        if not 1e-6 <= cost_us <= 1e6:
-            raise ConfigError(
-                f"--expert-us and --pair-us must be given together, both between 1e-6 and 1e6: "
-                f"--{flag} is {cost_us:g}"
-            )
-    return ActivationCosts(
-        expert_ps=round(1e6 * schedule.expert_us), pair_ps=round(1e6 * schedule.pair_us)
-    )
+        warn_of_differences({member.worker_id: member.registration for member in experts})

@@ -1,5 +1,7 @@
 """What a worker says of itself when it registers, and whether it may take part."""
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from janus_proto.v1 import control_pb2
@@ -9,6 +11,8 @@ from janus_server.addresses import split_address
 from janus_server.comm.config import MAX_BATCH_TOKENS
 from janus_server.comm.epoch import costs_of
 from janus_server.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 ROLE_NAMES = {
     control_pb2.WORKER_ROLE_ATTENTION: "attention",
@@ -89,6 +93,23 @@ def _check_batch(request: control_pb2.RegisterRequest) -> None:
         check_range("max_batch_tokens", request.max_batch_tokens, 1, MAX_BATCH_TOKENS)
     elif request.max_batch_tokens:
         raise ValueError("an expert worker has no steps of its own")
+
+
+def warn_of_differences(experts: Mapping[str, Registration]) -> None:
+    """Log, for each kind of expert worker, how it differs from the first; keys are worker ids."""
+    warned: set[tuple[str, ...]] = {()}
+    for worker_id, registration in experts.items():
+        first_id, first = next(iter(experts.items()))
+        found = compute_differences(first.compute, registration.compute)
+        if tuple(found) not in warned:
+            warned.add(tuple(found))
+            logger.warning(
+                "%s and %s may round differently, and then choose different experts for a token: "
+                "%s",
+                first_id,
+                worker_id,
+                "; ".join(found),
+            )
 
 
 def compute_differences(

@@ -8,8 +8,9 @@ from janus_server.attention import worker as attention_worker
 from janus_server.attention.config import EngineConfig
 from janus_server.comm.base import ExpertPool
 from janus_server.comm.local import LocalExpertPool
-from janus_server.controller.membership import check_pools, given_costs
+from janus_server.controller.membership import check_pools
 from janus_server.controller.placement import first_placement
+from janus_server.controller.scheduling import given_costs
 from janus_server.experts.calibration import measure_costs
 from janus_server.experts.runner import ExpertRunner
 from janus_server.experts.weights import load_layers

@@ -1,16 +1,13 @@
 import pytest
 
 from janus_proto.v1 import control_pb2
-from janus_scheduler.activation import ActivationCosts, Scheduling
-from janus_server.controller.config import PoolConfig, ScheduleConfig
+from janus_server.controller.config import PoolConfig
 from janus_server.controller.membership import (
     LOST_AFTER_S,
     Membership,
     UnknownWorkerError,
-    given_costs,
 )
 from janus_server.controller.registration import RegistrationRefusedError
-from janus_server.errors import ConfigError
 from tests.fakes.controller import members_of, registration
 from tests.fakes.model_specs import SMALL_SPEC
 
@@ -151,37 +148,6 @@ def test_expert_workers_that_compute_with_unlike_things_are_named_once(
 def test_an_unknown_worker_has_no_heartbeat() -> None:
     with pytest.raises(UnknownWorkerError, match="expert-9"):
         beat(membership(), "expert-9")
-
-
-def test_the_slowest_worker_sets_the_costs() -> None:
-    members = membership(experts=2)
-    join(members, ATTENTION)
-    for costs in (
-        control_pb2.ActivationCosts(expert_ps=50, pair_ps=3),
-        control_pb2.ActivationCosts(expert_ps=40, pair_ps=4),
-    ):
-        join(members, EXPERT, activation_costs=costs)
-    assert members.epoch is not None
-    assert members.epoch.scheduling == Scheduling(
-        policy="auto", costs=ActivationCosts(expert_ps=50, pair_ps=4)
-    )
-
-
-def test_given_costs_win() -> None:
-    given = ScheduleConfig(schedule="exact", expert_us=10, pair_us=0.5)
-    members = members_of(PoolConfig(expert_workers=1), given)
-    join(members, ATTENTION)
-    join(members, EXPERT)
-    assert members.epoch is not None
-    assert members.epoch.scheduling == Scheduling(
-        policy="exact", costs=ActivationCosts(expert_ps=10_000_000, pair_ps=500_000)
-    )
-
-
-@pytest.mark.parametrize(("expert_us", "pair_us"), [(1, 0), (0, 1), (-1, 1), (float("nan"), 1)])
-def test_costs_that_cannot_be(expert_us: float, pair_us: float) -> None:
-    with pytest.raises(ConfigError, match="must be given together, both between 1e-6 and 1e6"):
-        given_costs(ScheduleConfig(expert_us=expert_us, pair_us=pair_us))
 
 
 def test_a_malformed_load_leaves_the_heartbeat(caplog: pytest.LogCaptureFixture) -> None:

@@ -209,17 +209,22 @@ class RegisterResponse(_message.Message):
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_S_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
+    """Never given twice by one controller."""
     heartbeat_interval_s: _builtins.float
+    incarnation: _builtins.str
+    """Of this registration; heartbeats repeat it."""
     def __init__(
         self,
         *,
         worker_id: _builtins.str = ...,
         heartbeat_interval_s: _builtins.float = ...,
+        incarnation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval_s", b"heartbeat_interval_s", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval_s", b"heartbeat_interval_s", "incarnation", b"incarnation", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -232,9 +237,12 @@ class HeartbeatRequest(_message.Message):
     WORKER_ID_FIELD_NUMBER: _builtins.int
     READY_EPOCH_FIELD_NUMBER: _builtins.int
     EXPERT_LOAD_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     ready_epoch: _builtins.int
     """Number of the epoch the worker is ready to serve; 0: none yet."""
+    incarnation: _builtins.str
+    """As the controller gave it. NOT_FOUND: the id is that of another registration."""
     @_builtins.property
     def expert_load(self) -> Global___ExpertLoad:
         """Of an expert worker; unset if it could not be read in time."""
@@ -245,10 +253,11 @@ class HeartbeatRequest(_message.Message):
         worker_id: _builtins.str = ...,
         ready_epoch: _builtins.int = ...,
         expert_load: Global___ExpertLoad | None = ...,
+        incarnation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expert_load", b"expert_load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_load", b"expert_load", "ready_epoch", b"ready_epoch", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_load", b"expert_load", "incarnation", b"incarnation", "ready_epoch", b"ready_epoch", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,6 +26,15 @@ logger = logging.getLogger(__name__)
 LOST_AFTER_INTERVALS = 10
 """Heartbeat intervals without an answer after which the controller counts as lost."""
 
+_ANSWER_INTERVALS = 3
+"""Heartbeat intervals after which a heartbeat that was not answered counts as failed."""
+
+_MIN_FAILURES = 3
+"""Heartbeats in a row that must fail as well: one may have failed as this process was held up."""
+
+_MAX_INTERVAL_S = 86_400.0
+"""Longest time between heartbeats that a controller may ask for, in seconds."""
+
 _RECONNECT_TIMEOUT_S = 30.0
 
 _IS_ANOTHER = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAUTHENTICATED)
@@ -48,14 +57,18 @@ class ControlClient:
     lost: asyncio.Event
     """Set once the controller stays silent or no longer knows this worker."""
 
+    loss: str
+    """Why it is lost, in a sentence."""
+
     def __init__(self, address: str, secret: ClusterSecret | None = None) -> None:
         check_host(address)
         self.address = address
         self.lost = asyncio.Event()
+        self.loss = ""
         self._channel = grpc.aio.insecure_channel(address, options=channel_options())
         self._stub = ControlServiceStub(self._channel)
         self.metadata = metadata_of(secret)
-        self._worker_id = ""
+        self._registered = control_pb2.RegisterResponse()
         self._ready_epoch = 0
         self._wake = asyncio.Event()
         self._heartbeats: asyncio.Task[None] | None = None
@@ -83,10 +96,13 @@ class ControlClient:
                 f"could not register with the controller at {self.address} within "
                 f"{timeout_s:.0f} s: {error.details()}"
             ) from None
-        self._worker_id = response.worker_id
-        self._heartbeats = asyncio.create_task(
-            self._send_heartbeats(response.heartbeat_interval_s), name="heartbeats"
-        )
+        interval_s = response.heartbeat_interval_s
+        if not 0 < interval_s <= _MAX_INTERVAL_S:
+            raise UnavailableError(
+                f"the controller at {self.address} asks for a heartbeat every {interval_s} s"
+            )
+        self._registered = response
+        self._heartbeats = asyncio.create_task(self._send_heartbeats(interval_s), name="heartbeats")
         self._heartbeats.add_done_callback(self._note_end_of_heartbeats)
         return response.worker_id
 
@@ -139,39 +155,52 @@ class ControlClient:
 
     async def _send_heartbeats(self, interval_s: float) -> None:
         loop = asyncio.get_running_loop()
-        answered_at = loop.time()
+        answered_at, num_failures = loop.time(), 0
         while not self.lost.is_set():
             self._wake.clear()
-            report = self._load_report
-            load = await report.within(_LOAD_DEADLINE_S) if report else None
-            request = control_pb2.HeartbeatRequest(
-                worker_id=self._worker_id, ready_epoch=self._ready_epoch, expert_load=load
-            )
+            heartbeat = await self._heartbeat()
             try:
                 await self._stub.Heartbeat(
-                    request,
-                    metadata=self.metadata,
-                    timeout=LOST_AFTER_INTERVALS * interval_s,
+                    heartbeat, metadata=self.metadata, timeout=_ANSWER_INTERVALS * interval_s
                 )
-                answered_at = loop.time()
+                answered_at, num_failures = loop.time(), 0
             except grpc.aio.AioRpcError as error:
+                num_failures += 1
                 silent_s = loop.time() - answered_at
-                if error.code() in _IS_ANOTHER or silent_s >= LOST_AFTER_INTERVALS * interval_s:
-                    logger.error(
-                        "lost the controller at %s after %.1f s: %s",
-                        self.address,
-                        silent_s,
-                        error.details(),
+                if error.code() in _IS_ANOTHER:
+                    self._lose(
+                        f"the controller at {self.address} is not the one that this worker "
+                        f"registered with: {error.details()}"
                     )
-                    self.lost.set()
+                elif (
+                    silent_s >= LOST_AFTER_INTERVALS * interval_s and num_failures >= _MIN_FAILURES
+                ):
+                    self._lose(
+                        f"the controller at {self.address} has not answered for {silent_s:.1f} s: "
+                        f"{error.details()}"
+                    )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), interval_s)
+
+    async def _heartbeat(self) -> control_pb2.HeartbeatRequest:
+        report = self._load_report
+        load = await report.within(_LOAD_DEADLINE_S) if report else None
+        return control_pb2.HeartbeatRequest(
+            worker_id=self._registered.worker_id,
+            incarnation=self._registered.incarnation,
+            ready_epoch=self._ready_epoch,
+            expert_load=load,
+        )
+
+    def _lose(self, loss: str) -> None:
+        self.loss = loss
+        self.lost.set()
 
     def _note_end_of_heartbeats(self, heartbeats: asyncio.Task[None]) -> None:
         # Without heartbeats the controller takes this worker for lost: better to end by name.
         if not heartbeats.cancelled() and (error := heartbeats.exception()) is not None:
             logger.error("the heartbeats failed", exc_info=error)
-            self.lost.set()
+            self._lose(f"this worker cannot send heartbeats any more: {error}")
 
 
 async def wait_for_epoch(client: ControlClient, *, timeout_s: float) -> control_pb2.Epoch:

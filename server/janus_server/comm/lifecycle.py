@@ -31,7 +31,7 @@ async def run_until_stopped(
     if not tasks["work"].cancelled():
         tasks["work"].result()
     if control.lost.is_set():
-        raise PeerLostError(f"the controller at {control.address} does not answer any more")
+        raise PeerLostError(control.loss)
 
 
 async def _wait(event: asyncio.Event) -> None:

@@ -58,6 +58,11 @@ class ExpertActivity:
                     exc_info=None if expected else error,
                 )
 
+    def forget(self, worker_id: str) -> None:
+        """Let go of what a worker has reported."""
+        self.loads.pop(worker_id, None)
+        self._complained_of.discard(worker_id)
+
     def _check(self, load: control_pb2.ExpertLoad) -> None:
         layers = [one.layer for one in load.layers]
         if sorted(set(layers)) != layers or not self._num_experts.keys() >= set(layers):

@@ -3,9 +3,15 @@
 An epoch is immutable; only the readiness of its members changes. The first is formed as soon as
 both pools have as many living workers as were asked for; workers beyond that are known but stay
 outside. `version` grows with everything that a watcher would see differently.
+
+A worker is one registration. An id is never given twice, and a heartbeat counts only with the
+incarnation that its worker was told, so that nobody speaks for another: not a worker that has
+registered again, nor one that knows another controller.
 """
 
 import logging
+import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from janus_proto.v1 import control_pb2
@@ -18,11 +24,12 @@ from janus_server.controller.registration import (
     ROLE_NAMES,
     Deployment,
     Registration,
+    RegistrationRefusedError,
     check_registration,
     warn_of_differences,
 )
 from janus_server.controller.scheduling import agreed_scheduling
-from janus_server.errors import ConfigError
+from janus_server.errors import ConfigError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +40,17 @@ LOST_AFTER_S = 10 * HEARTBEAT_INTERVAL_S
 """A worker silent for longer counts as lost until it is heard of again, in seconds."""
 
 
+FORGOTTEN_AFTER_S = 60 * HEARTBEAT_INTERVAL_S
+"""A lost worker outside the epoch is forgotten once it was silent for longer, in seconds."""
+
+MAX_MEMBERS = 4096
+"""Workers that are known at once; an epoch has up to 2048."""
+
+_MAX_SHOWN_CHARS = 64
+
+
 class UnknownWorkerError(Exception):
-    """A heartbeat came from a worker that never registered here."""
+    """A heartbeat came from a worker that did not register here, or was forgotten."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,6 +58,8 @@ class Member:
     """A registered worker."""
 
     worker_id: str
+    incarnation: str
+    """What its heartbeats carry, and nobody can guess."""
     registration: Registration
     last_heard_s: float
     lost: bool = False
@@ -63,6 +81,8 @@ class EpochPlan:
     """None: without expert workers."""
     scheduling: Scheduling | None
     """None: without expert workers."""
+    ranks: Mapping[str, int]
+    """Worker id -> rank."""
 
 
 def check_pools(pools: PoolConfig, spec: ModelSpec) -> None:
@@ -105,35 +125,54 @@ class Membership:
         self.epoch: EpochPlan | None = None
         self.activity = ExpertActivity(placement)
         self.version = 0
+        self._num_registered = dict.fromkeys(ROLE_NAMES, 0)
+        """Role -> workers that have ever registered."""
+        self._expired_s: float | None = None
+        """When `expire` was last called."""
 
-    def register(self, request: control_pb2.RegisterRequest, *, now_s: float) -> str:
-        """Add a worker and return its id; raises RegistrationRefusedError."""
+    def register(self, request: control_pb2.RegisterRequest, *, now_s: float) -> Member:
+        """Add a worker; raises RegistrationRefusedError."""
         registration = check_registration(request, self._deployment)
+        if len(self._members) >= MAX_MEMBERS:
+            raise RegistrationRefusedError(f"{MAX_MEMBERS} workers have registered already")
         role = registration.role
         member = Member(
-            worker_id=f"{ROLE_NAMES[role]}-{len(self._of_role(role))}",
+            worker_id=f"{ROLE_NAMES[role]}-{self._num_registered[role]}",
+            incarnation=secrets.token_hex(16),
             registration=registration,
             last_heard_s=now_s,
         )
+        self._num_registered[role] += 1
         self._members[member.worker_id] = member
         logger.info("%s registered (pid %d)", member.worker_id, registration.pid)
         if self.epoch is None:
             self._try_form_epoch(number=1)
         self.version += 1
-        return member.worker_id
+        return member
 
     def heartbeat(
         self,
         worker_id: str,
         *,
+        incarnation: str,
         ready_epoch: int,
         now_s: float,
         load: control_pb2.ExpertLoad | None = None,
     ) -> None:
-        """Note that a worker lives, and its load if it says so; raises UnknownWorkerError."""
+        """Note that a worker lives, and its load if it says so.
+
+        Raises UnknownWorkerError, and InvalidRequestError for an epoch that it is no member of.
+        """
         member = self._members.get(worker_id)
-        if member is None:
-            raise UnknownWorkerError(f"no worker {worker_id!r} has registered with this controller")
+        if member is None or not secrets.compare_digest(
+            member.incarnation.encode(), incarnation.encode()
+        ):
+            raise UnknownWorkerError(
+                f"this controller does not know the worker {worker_id[:_MAX_SHOWN_CHARS]!a}, or "
+                "not this incarnation of it"
+            )
+        if ready_epoch and not self._is_member(worker_id, ready_epoch):
+            raise InvalidRequestError(f"{worker_id} is no member of an epoch {ready_epoch}")
         member.last_heard_s = now_s
         if member.lost:
             logger.warning("%s is back", worker_id)
@@ -149,12 +188,26 @@ class Membership:
             self.activity.report(worker_id, load, now_s, leads=leads)
 
     def expire(self, now_s: float) -> None:
-        """Mark the workers lost that have been silent for longer than LOST_AFTER_S."""
-        for member in self._members.values():
+        """Mark the workers lost that have been silent for longer than LOST_AFTER_S.
+
+        Call it once a heartbeat interval: where it comes later, this process was held up, and what
+        it did not hear meanwhile says nothing of the workers.
+        """
+        late_s = 0.0
+        if self._expired_s is not None:
+            late_s = max(now_s - self._expired_s - 2 * HEARTBEAT_INTERVAL_S, 0.0)
+        self._expired_s = now_s
+        for member in self.members():
+            member.last_heard_s = min(member.last_heard_s + late_s, now_s)
             silent_s = now_s - member.last_heard_s
             if silent_s > LOST_AFTER_S and not member.lost:
                 logger.error("%s is lost: silent for %.1f s", member.worker_id, silent_s)
                 member.lost = True
+                self.version += 1
+            if silent_s > FORGOTTEN_AFTER_S and not self._is_member(member.worker_id):
+                logger.info("%s is forgotten", member.worker_id)
+                del self._members[member.worker_id]
+                self.activity.forget(member.worker_id)
                 self.version += 1
 
     def is_ready(self, member: Member) -> bool:
@@ -166,6 +219,11 @@ class Membership:
     def members(self) -> tuple[Member, ...]:
         """All registered workers, in registration order, in the epoch or outside."""
         return tuple(self._members.values())
+
+    def _is_member(self, worker_id: str, number: int | None = None) -> bool:
+        """Whether it takes part in the epoch, which has this number where one is given."""
+        epoch = self.epoch
+        return epoch is not None and worker_id in epoch.ranks and number in (None, epoch.number)
 
     def _of_role(self, role: "control_pb2.WorkerRole.ValueType") -> list[Member]:
         return [member for member in self._members.values() if member.registration.role == role]
@@ -185,6 +243,7 @@ class Membership:
             return
         self.epoch = EpochPlan(
             number=number,
+            ranks={one.worker_id: rank for rank, one in enumerate([*attention, *experts])},
             attention_workers=tuple(attention),
             expert_workers=tuple(experts),
             placement=self._placement if experts else None,

@@ -20,6 +20,10 @@ from janus_server.controller.membership import (
     UnknownWorkerError,
 )
 from janus_server.controller.registration import RegistrationRefusedError
+from janus_server.errors import OverloadedError
+
+MAX_WATCHERS = 4096
+"""Streams of epochs at once: each worker of an epoch has one, and who serves it."""
 
 SERVICE_NAME = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 
@@ -36,6 +40,9 @@ class ControlService(ControlServiceServicer):
         self._changed = asyncio.Event()
         self._published_version = membership.version
         self._is_closing = False
+        self._num_watchers = 0
+        self._latest = self._state()
+        self._state_version = membership.version
 
     async def Register(
         self,
@@ -46,12 +53,14 @@ class ControlService(ControlServiceServicer):
     ) -> control_pb2.RegisterResponse:
         """Add a worker; FAILED_PRECONDITION where it must not take part."""
         try:
-            worker_id = self._membership.register(request, now_s=_now_s())
+            member = self._membership.register(request, now_s=_now_s())
         except RegistrationRefusedError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         self._publish()
         return control_pb2.RegisterResponse(
-            worker_id=worker_id, heartbeat_interval_s=HEARTBEAT_INTERVAL_S
+            worker_id=member.worker_id,
+            incarnation=member.incarnation,
+            heartbeat_interval_s=HEARTBEAT_INTERVAL_S,
         )
 
     async def Heartbeat(
@@ -65,6 +74,7 @@ class ControlService(ControlServiceServicer):
         try:
             self._membership.heartbeat(
                 request.worker_id,
+                incarnation=request.incarnation,
                 ready_epoch=request.ready_epoch,
                 load=request.expert_load if request.HasField("expert_load") else None,
                 now_s=_now_s(),
@@ -82,11 +92,17 @@ class ControlService(ControlServiceServicer):
         ],
     ) -> AsyncIterator[control_pb2.WatchEpochsResponse]:
         """Stream the current state at once and again after every change."""
-        while not self._is_closing:
-            # Taken before the state is read, so that no change falls between the two.
-            changed = self._changed
-            yield self._state()
-            await changed.wait()
+        if self._num_watchers >= MAX_WATCHERS:
+            raise OverloadedError(f"{MAX_WATCHERS} watch this controller already")
+        self._num_watchers += 1
+        try:
+            while not self._is_closing:
+                # Taken before the state is read, so that no change falls between the two.
+                changed = self._changed
+                yield self._latest_state()
+                await changed.wait()
+        finally:
+            self._num_watchers -= 1
 
     async def GetExpertLoads(
         self,
@@ -130,12 +146,16 @@ class ControlService(ControlServiceServicer):
             changed, self._changed = self._changed, asyncio.Event()
             changed.set()
 
+    def _latest_state(self) -> control_pb2.WatchEpochsResponse:
+        """The state, made once for all watchers."""
+        if self._state_version != self._membership.version:
+            self._state_version = self._membership.version
+            self._latest = self._state()
+        return self._latest
+
     def _state(self) -> control_pb2.WatchEpochsResponse:
         epoch = self._membership.epoch
-        ranks: dict[str, int] = {}
-        if epoch is not None:
-            members = (*epoch.attention_workers, *epoch.expert_workers)
-            ranks = {member.worker_id: rank for rank, member in enumerate(members)}
+        ranks = epoch.ranks if epoch else {}
         workers = {
             member.worker_id: self._worker(member, ranks.get(member.worker_id, 0))
             for member in self._membership.members()

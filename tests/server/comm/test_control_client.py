@@ -3,6 +3,7 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator
 
+import grpc
 import pytest
 
 from janus_proto.v1 import control_pb2
@@ -10,6 +11,7 @@ from janus_proto.v1.control_pb2_grpc import (
     ControlServiceServicer,
     add_ControlServiceServicer_to_server,
 )
+from janus_server.comm import control_client
 from janus_server.comm.control_client import ControlClient
 from janus_server.errors import UnavailableError
 from janus_server.grpc_server import RunningServer, start_server
@@ -23,6 +25,8 @@ class FakeControlService(ControlServiceServicer):
 
     def __init__(self, heartbeat_interval_s: float) -> None:
         self.heartbeat_interval_s = heartbeat_interval_s
+        self.failures: list[grpc.StatusCode] = []
+        """What the next heartbeats are answered with, the last first."""
         self.ready_epochs: list[int] = []
         self.loads: list[control_pb2.ExpertLoad | None] = []
         self.heard = asyncio.Event()
@@ -30,10 +34,13 @@ class FakeControlService(ControlServiceServicer):
 
     async def Register(self, request, context):
         return control_pb2.RegisterResponse(
-            worker_id="w", heartbeat_interval_s=self.heartbeat_interval_s
+            worker_id="w", incarnation="i", heartbeat_interval_s=self.heartbeat_interval_s
         )
 
     async def Heartbeat(self, request, context):
+        assert (request.worker_id, request.incarnation) == ("w", "i")
+        if self.failures:
+            await context.abort(self.failures.pop(), "scripted to fail")
         self.ready_epochs.append(request.ready_epoch)
         self.loads.append(request.expert_load if request.HasField("expert_load") else None)
         self.heard.set()
@@ -134,6 +141,62 @@ def test_a_controller_that_falls_silent_is_lost() -> None:
             assert not control.lost.is_set()
             await server.stop(0)
             await asyncio.wait_for(control.lost.wait(), 30)
+            assert f"the controller at {server.address} has not answered for" in control.loss
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(("num_failures", "is_lost"), [(2, False), (3, True)])
+def test_a_few_heartbeats_may_fail_however_long_they_take(
+    num_failures: int, is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        service = FakeControlService(heartbeat_interval_s=0.2)
+        service.failures = [grpc.StatusCode.UNAVAILABLE] * num_failures
+        server = await start(service)
+        async with client(server.address) as control:
+            await register(control)
+            heard = asyncio.create_task(service.heard.wait())
+            lost = asyncio.create_task(control.lost.wait())
+            await asyncio.wait({heard, lost}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+            assert (heard.done(), lost.done()) == (not is_lost, is_lost)
+            heard.cancel()
+            lost.cancel()
+        await server.stop(0)
+
+    # As if this process had been held up for longer than any silence that is borne.
+    monkeypatch.setattr(control_client, "LOST_AFTER_INTERVALS", 0)
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAUTHENTICATED])
+def test_a_controller_that_does_not_know_this_worker_is_lost_at_once(
+    code: grpc.StatusCode,
+) -> None:
+    async def check() -> None:
+        service = FakeControlService(heartbeat_interval_s=1000.0)
+        service.failures = [code]
+        server = await start(service)
+        async with client(server.address) as control:
+            await register(control)
+            await asyncio.wait_for(control.lost.wait(), 30)
+            assert control.loss == (
+                f"the controller at {server.address} is not the one that this worker registered "
+                "with: scripted to fail"
+            )
+        await server.stop(0)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("interval_s", [0.0, -1.0, float("nan"), float("inf"), 1e6])
+def test_an_interval_that_makes_no_sense_is_refused(interval_s: float) -> None:
+    async def check() -> None:
+        server = await start(FakeControlService(interval_s))
+        async with client(server.address) as control:
+            with pytest.raises(UnavailableError, match=f"asks for a heartbeat every {interval_s}"):
+                await register(control)
+        await server.stop(0)
 
     asyncio.run(check())
 

@@ -1,13 +1,22 @@
+import contextlib
+
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from janus_proto.v1 import control_pb2
 from janus_server.controller.config import PoolConfig
 from janus_server.controller.membership import (
+    FORGOTTEN_AFTER_S,
     LOST_AFTER_S,
+    MAX_MEMBERS,
+    EpochPlan,
     Membership,
     UnknownWorkerError,
 )
 from janus_server.controller.registration import RegistrationRefusedError
+from janus_server.errors import InvalidRequestError
 from tests.fakes.controller import members_of, registration
 from tests.fakes.model_specs import SMALL_SPEC
 
@@ -21,12 +30,26 @@ def membership(attention: int = 1, experts: int = 2, slots: int = 0) -> Membersh
 
 
 def join(members: Membership, role: int, *, now_s: float = 0.0, **fields: object) -> str:
-    return members.register(registration(role, **fields), now_s=now_s)
+    return members.register(registration(role, **fields), now_s=now_s).worker_id
 
 
-def beat(members: Membership, worker_id: str, *, ready: int = 0, now_s: float = 0.0) -> None:
-    load = control_pb2.ExpertLoad(num_token_pairs=3)
-    members.heartbeat(worker_id, ready_epoch=ready, load=load, now_s=now_s)
+def beat(
+    members: Membership,
+    worker_id: str,
+    *,
+    ready: int = 0,
+    now_s: float = 0.0,
+    load: control_pb2.ExpertLoad | None = None,
+) -> None:
+    """A heartbeat of the worker's own."""
+    [own] = [one.incarnation for one in members.members() if one.worker_id == worker_id]
+    members.heartbeat(worker_id, incarnation=own, ready_epoch=ready, load=load, now_s=now_s)
+
+
+def pass_time(members: Membership, since_s: float, seconds: float) -> None:
+    """As the controller does: once an interval."""
+    for second in range(1, round(seconds) + 1):
+        members.expire(since_s + second)
 
 
 def test_an_epoch_forms_when_both_pools_are_full() -> None:
@@ -79,7 +102,9 @@ def test_ready_means_ready_for_this_epoch() -> None:
     worker_id = join(members, ATTENTION)
     [member] = members.members()
     assert not members.is_ready(member)
-    beat(members, worker_id, ready=7)
+    for epoch in (2, 7, 2**64 - 1):
+        with pytest.raises(InvalidRequestError, match=f"is no member of an epoch {epoch}"):
+            beat(members, worker_id, ready=epoch)
     assert not members.is_ready(member)
     beat(members, worker_id, ready=1)
     assert members.is_ready(member)
@@ -145,9 +170,115 @@ def test_expert_workers_that_compute_with_unlike_things_are_named_once(
     )
 
 
-def test_an_unknown_worker_has_no_heartbeat() -> None:
-    with pytest.raises(UnknownWorkerError, match="expert-9"):
-        beat(membership(), "expert-9")
+def test_nobody_is_ready_for_an_epoch_that_is_not_there_or_has_others() -> None:
+    members = membership(attention=1, experts=0)
+    early = membership(attention=1, experts=1)
+    with pytest.raises(InvalidRequestError, match="attention-0 is no member of an epoch 1"):
+        beat(early, join(early, ATTENTION), ready=1)
+    _, outside = join(members, ATTENTION), join(members, ATTENTION)
+    with pytest.raises(InvalidRequestError, match="attention-1 is no member of an epoch 1"):
+        beat(members, outside, ready=1)
+
+
+@pytest.mark.parametrize("incarnation", ["", "x", "\u00e9", "0" * 32])
+def test_only_the_worker_that_registered_has_a_heartbeat(incarnation: str) -> None:
+    members = membership()
+    join(members, EXPERT)
+    own = members.members()[0].incarnation
+    for worker_id, shown in (("expert-0", incarnation), ("expert-9", own), ("", ""), ("\n", own)):
+        with pytest.raises(UnknownWorkerError, match="does not know the worker"):
+            members.heartbeat(worker_id, incarnation=shown, ready_epoch=0, now_s=0.0)
+
+
+def test_a_lost_worker_outside_the_epoch_is_forgotten_and_its_id_never_given_again() -> None:
+    members = membership(attention=1, experts=0)
+    inside, outside = join(members, ATTENTION), join(members, ATTENTION)
+    pass_time(members, 0.0, FORGOTTEN_AFTER_S)
+    assert [member.worker_id for member in members.members()] == [inside, outside]
+    seen = members.version
+    members.expire(FORGOTTEN_AFTER_S + 1)
+    assert [member.worker_id for member in members.members()] == [inside]
+    assert members.version == seen + 1
+    with pytest.raises(UnknownWorkerError):
+        members.heartbeat(outside, incarnation="", ready_epoch=0, now_s=0.0)
+    assert join(members, ATTENTION) == "attention-2"
+
+
+def test_workers_that_register_again_and_again_are_bounded() -> None:
+    members = membership(attention=2, experts=1)
+    for _ in range(MAX_MEMBERS):
+        join(members, EXPERT)
+    with pytest.raises(RegistrationRefusedError, match="4096 workers have registered already"):
+        join(members, ATTENTION)
+    pass_time(members, 0.0, FORGOTTEN_AFTER_S + 1)
+    join(members, ATTENTION)
+
+
+def test_a_controller_that_was_held_up_takes_nobody_for_lost() -> None:
+    members = membership(attention=1, experts=0)
+    worker_id = join(members, ATTENTION, now_s=100.0)
+    members.expire(101.0)
+    members.expire(101.0 + 10 * LOST_AFTER_S)  # it was stopped, and could hear nothing
+    [member] = members.members()
+    assert not member.lost
+    beat(members, worker_id, now_s=102.0 + 10 * LOST_AFTER_S)
+    pass_time(members, 102.0 + 10 * LOST_AFTER_S, LOST_AFTER_S + 2)
+    assert member.lost
+
+
+class Calls(RuleBasedStateMachine):
+    """Registrations, heartbeats and silence in any order, against what must hold at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = membership(attention=1, experts=2)
+        self.now_s = 0.0
+        self.given: list[tuple[str, str]] = []
+        """(id, incarnation) of every worker that ever registered."""
+        self.first: EpochPlan | None = None
+
+    @rule(role=st.sampled_from([ATTENTION, EXPERT]))
+    def register(self, role: int) -> None:
+        member = self.members.register(registration(role), now_s=self.now_s)
+        self.given.append((member.worker_id, member.incarnation))
+
+    @rule(data=st.data(), epoch=st.integers(0, 2), is_other=st.booleans())
+    def heartbeat(self, data: st.DataObject, epoch: int, is_other: bool) -> None:
+        if not self.given:
+            return
+        worker_id, incarnation = data.draw(st.sampled_from(self.given))
+        if is_other:
+            incarnation = data.draw(st.sampled_from(self.given))[1]
+        with contextlib.suppress(UnknownWorkerError, InvalidRequestError):
+            self.members.heartbeat(
+                worker_id, incarnation=incarnation, ready_epoch=epoch, now_s=self.now_s
+            )
+            assert (worker_id, incarnation) in self.given
+
+    @rule(seconds=st.integers(1, 30))
+    def wait(self, seconds: int) -> None:
+        pass_time(self.members, self.now_s, seconds)
+        self.now_s += seconds
+
+    @invariant()
+    def holds(self) -> None:
+        ids = [worker_id for worker_id, _ in self.given]
+        assert len(set(ids)) == len(ids)
+        epoch = self.members.epoch
+        known = {member.worker_id for member in self.members.members()}
+        if epoch is not None:
+            self.first = self.first or epoch
+            assert epoch is self.first
+            assert known >= epoch.ranks.keys()
+        for member in self.members.members():
+            is_member = epoch is not None and member.worker_id in epoch.ranks
+            assert is_member or not self.members.is_ready(member)
+            assert is_member or self.now_s - member.last_heard_s <= FORGOTTEN_AFTER_S
+        assert self.members.activity.loads.keys() <= known
+
+
+TestCalls = Calls.TestCase
+TestCalls.settings = settings(derandomize=True, max_examples=60, deadline=None)
 
 
 def test_a_malformed_load_leaves_the_heartbeat(caplog: pytest.LogCaptureFixture) -> None:
@@ -156,7 +287,7 @@ def test_a_malformed_load_leaves_the_heartbeat(caplog: pytest.LogCaptureFixture)
     worker_id = join(members, EXPERT)
     layer = control_pb2.LayerLoad(layer=2, expert_tokens=[1])
     load = control_pb2.ExpertLoad(layers=[layer])
-    members.heartbeat(worker_id, ready_epoch=1, load=load, now_s=LOST_AFTER_S)
+    beat(members, worker_id, ready=1, load=load, now_s=LOST_AFTER_S)
     members.expire(LOST_AFTER_S + 1)
     assert members.is_ready(members.epoch.expert_workers[0])
     assert f"ignored the load that {worker_id} reports" in caplog.text
@@ -165,8 +296,8 @@ def test_a_malformed_load_leaves_the_heartbeat(caplog: pytest.LogCaptureFixture)
 def test_a_heartbeat_without_a_load_keeps_the_last() -> None:
     members = membership(experts=1)
     worker_id = join(members, EXPERT)
-    beat(members, worker_id)
-    members.heartbeat(worker_id, ready_epoch=0, now_s=1.0)
+    beat(members, worker_id, load=control_pb2.ExpertLoad(num_token_pairs=3))
+    beat(members, worker_id, now_s=1.0)
     assert members.activity.loads[worker_id].num_token_pairs == 3
 
 
@@ -177,6 +308,6 @@ def test_tokens_of_late_come_from_one_worker() -> None:
     layer = control_pb2.LayerLoad(layer=2, num_steps=1, expert_tokens=[3, 0, 1, 0, 0])
     load = control_pb2.ExpertLoad(num_layer_steps=1, layers=[layer])
     for worker_id in workers:
-        members.heartbeat(worker_id, ready_epoch=1, load=load, now_s=1.0)
+        beat(members, worker_id, ready=1, load=load, now_s=1.0)
     [(index, tokens_E)] = members.activity.recent_tokens.of().items()
     assert (index, tokens_E.tolist()) == (2, [3, 0, 1, 0, 0])

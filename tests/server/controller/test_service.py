@@ -11,6 +11,7 @@ from janus_proto.v1.control_pb2_grpc import (
     add_ControlServiceServicer_to_server,
 )
 from janus_server.comm.control_client import ControlClient, wait_for_epoch
+from janus_server.controller import service as service_module
 from janus_server.controller.config import PoolConfig
 from janus_server.controller.service import SERVICE_NAME, ControlService
 from janus_server.errors import ConfigError, UnavailableError
@@ -140,6 +141,46 @@ def test_a_heartbeat_of_an_unknown_worker_is_not_found() -> None:
             assert caught.value.code() == grpc.StatusCode.NOT_FOUND
             assert "expert-9" in caught.value.details()
 
+    asyncio.run(check())
+
+
+def test_a_heartbeat_of_the_future_is_refused() -> None:
+    async def check() -> None:
+        async with controller(experts=0) as address, grpc.aio.insecure_channel(address) as channel:
+            stub = ControlServiceStub(channel)
+            registered = await stub.Register(registration(ATTENTION))
+            heartbeat = control_pb2.HeartbeatRequest(
+                worker_id=registered.worker_id, incarnation=registered.incarnation, ready_epoch=2
+            )
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Heartbeat(heartbeat)
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert caught.value.details() == "attention-0 is no member of an epoch 2"
+
+    asyncio.run(check())
+
+
+def test_watchers_are_bounded_and_those_that_end_make_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def check() -> None:
+        async with controller() as address, grpc.aio.insecure_channel(address) as channel:
+            stub = ControlServiceStub(channel)
+            calls = [stub.WatchEpochs(control_pb2.WatchEpochsRequest()) for _ in range(3)]
+            for call in calls:
+                await call.read()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.WatchEpochs(control_pb2.WatchEpochsRequest()).read()
+            assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            calls[0].cancel()
+            async with asyncio.timeout(30):
+                while True:
+                    call = stub.WatchEpochs(control_pb2.WatchEpochsRequest())
+                    with contextlib.suppress(grpc.aio.AioRpcError):
+                        await call.read()
+                        break
+
+    monkeypatch.setattr(service_module, "MAX_WATCHERS", 3)
     asyncio.run(check())
 
 

@@ -25,6 +25,7 @@ def rope_spec(config: Mapping[str, Any], *, head_dim: int, max_context: int) -> 
     theta = _theta(config, rope)
     if kind == "default":  # whatever else is said, partial_rotary_factor too, is ignored
         return RopeSpec(theta=theta)
+    # dynamic and longrope change every frequency at some length, and so would the cached keys.
     if kind not in ("linear", "llama3", "yarn"):
         raise ValueError(
             f"rope type {shown(kind)} is not served, only default, linear, llama3 and yarn"

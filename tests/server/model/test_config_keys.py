@@ -27,6 +27,7 @@ from tests.fakes.decoding import greedy_decode, local_pool
 PROMPT = [5, 9, 200, 31, 77, 3, 3, 250]
 NUM_NEW = 3
 ODD_VALUES = [
+    None,
     True,
     False,
     12,
@@ -123,6 +124,16 @@ def test_every_key_is_honoured_or_refused_by_name(folder: Path, value: object) -
     for key in sorted(keys):
         edit(folder, config, **{key: value})
         if (what := disagreement(folder, key)) is not None:
+            wrong[key] = what
+    assert wrong == {}
+
+
+def test_an_absent_key_has_the_default_of_transformers_or_is_missed_by_name(folder: Path) -> None:
+    config = read_config(folder)
+    wrong = {}
+    for key in config:
+        edit(folder, {other: config[other] for other in config if other != key})
+        if (what := disagreement(folder, key.replace("local_", ""))) is not None:
             wrong[key] = what
     assert wrong == {}
 

@@ -17,6 +17,7 @@ from janus_proto.v1 import control_pb2
 from janus_proto.v1.control_pb2_grpc import ControlServiceStub
 from janus_server.addresses import check_host
 from janus_server.comm.authentication import ClusterSecret, Metadata, metadata_of
+from janus_server.comm.epoch import check_epoch
 from janus_server.comm.load_report import LoadReport
 from janus_server.errors import ConfigError, UnavailableError
 from janus_server.grpc_server import channel_options
@@ -204,13 +205,17 @@ class ControlClient:
 
 
 async def wait_for_epoch(client: ControlClient, *, timeout_s: float) -> control_pb2.Epoch:
-    """Return the first epoch; raises UnavailableError when none is formed within `timeout_s`."""
+    """Return the first epoch.
+
+    Raises UnavailableError when none is formed within `timeout_s`, or one that makes no sense.
+    """
     registered: list[control_pb2.Worker] = []
     try:
         async with asyncio.timeout(timeout_s):
             async with contextlib.aclosing(client.epochs(timeout_s=timeout_s)) as responses:
                 async for response in responses:
                     if response.HasField("epoch"):
+                        check_epoch(response.epoch)
                         return response.epoch
                     registered = list(response.workers)
     except TimeoutError:

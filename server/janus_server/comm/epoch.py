@@ -1,15 +1,19 @@
 """What an epoch's message means: a worker's place in the group, where experts are, who serves."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from janus_proto.v1 import control_pb2
 from janus_scheduler.activation import POLICIES, ActivationCosts, SchedulePolicy, Scheduling
+from janus_scheduler.model_spec import ModelSpec
 from janus_scheduler.placement import Placement
+from janus_scheduler.request import check_range
 from janus_server.addresses import split_address
-from janus_server.comm.config import SIGNS_PER_TIMEOUT, CommConfig
-from janus_server.errors import UnavailableError
+from janus_server.comm.config import MAX_BATCH_TOKENS, SIGNS_PER_TIMEOUT, CommConfig
+from janus_server.errors import ConfigError, UnavailableError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +53,10 @@ class GroupConfig:
 def group_config(
     epoch: control_pb2.Epoch, worker_id: str, comm: CommConfig, *, controller: str, own_host: str
 ) -> GroupConfig:
-    """The place of `worker_id` in the epoch's group; `controller` is where it is dialled."""
+    """The place of `worker_id` in the epoch's group; `controller` is where it is dialled.
+
+    The epoch is one that `check_epoch` has passed.
+    """
     host, _, port = epoch.store_address.rpartition(":")
     return GroupConfig(
         store_address=f"{host or split_address(controller)[0]}:{port}",
@@ -72,10 +79,31 @@ def member(epoch: control_pb2.Epoch, worker_id: str) -> control_pb2.Worker:
     raise UnavailableError(f"{worker_id} is not a member of epoch {epoch.number}: it is full")
 
 
+def check_epoch(epoch: control_pb2.Epoch) -> None:
+    """Refuse an epoch whose parts do not fit each other; raises UnavailableError."""
+    with _made_sense_of(epoch):
+        members = (*epoch.attention_workers, *epoch.expert_workers)
+        if not epoch.number or not epoch.attention_workers:
+            raise ValueError("it has no number or no attention worker")
+        if [worker.rank for worker in members] != list(range(len(members))):
+            raise ValueError("its ranks are not those of its workers in order")
+        if len({worker.worker_id for worker in members}) < len(members):
+            raise ValueError("it has a worker twice")
+        for worker in epoch.attention_workers:
+            check_range("max_batch_tokens", worker.max_batch_tokens, 1, MAX_BATCH_TOKENS)
+        if not epoch.expert_workers:
+            return
+        host, _, port = epoch.store_address.rpartition(":")
+        split_address(f"{host or 'controller'}:{port}")
+        if not epoch.store_prefix:
+            raise ValueError("its keys in the store have no prefix")
+
+
 def scheduling_of(epoch: control_pb2.Epoch) -> Scheduling:
     """Read how the epoch's expert workers choose replicas: the inverse of `scheduling_message`.
 
-    Raises UnavailableError where the controller names a policy that this worker does not know.
+    Raises UnavailableError where the controller names a policy that this worker does not know, or
+    costs that cannot be.
     """
     message = epoch.scheduling
     known: dict[str, SchedulePolicy] = {policy: policy for policy in POLICIES}
@@ -85,7 +113,8 @@ def scheduling_of(epoch: control_pb2.Epoch) -> Scheduling:
             f"the controller asks for the schedule {message.policy!r}, but this worker knows: "
             + ", ".join(POLICIES)
         )
-    return Scheduling(policy=policy, costs=costs_of(message.costs))
+    with _made_sense_of(epoch):
+        return Scheduling(policy=policy, costs=costs_of(message.costs))
 
 
 def scheduling_message(scheduling: Scheduling) -> control_pb2.Scheduling:
@@ -103,10 +132,25 @@ def costs_message(costs: ActivationCosts) -> control_pb2.ActivationCosts:
     return control_pb2.ActivationCosts(expert_ps=costs.expert_ps, pair_ps=costs.pair_ps)
 
 
-def placement_of(epoch: control_pb2.Epoch) -> Placement:
-    """Read the placement of the epoch's experts: the inverse of `placement_message`."""
-    message = epoch.placement
+def placement_of(epoch: control_pb2.Epoch, spec: ModelSpec) -> Placement:
+    """Read the placement of the epoch's experts: the inverse of `placement_message`.
+
+    Raises UnavailableError where it is none of this model's on the epoch's expert workers.
+    """
+    with _made_sense_of(epoch):
+        placement = _placement(epoch.placement)
+        if placement.num_workers != len(epoch.expert_workers):
+            raise ValueError(f"its placement is for {placement.num_workers} expert workers")
+        if placement.layers.keys() != set(spec.moe_layers):
+            raise ValueError("its placement is for other MoE layers")
+        placement.check(spec.num_experts)
+        return placement
+
+
+def _placement(message: control_pb2.Placement) -> Placement:
     shape = (message.num_workers, message.slots_per_worker)
+    if len({one.layer for one in message.layers}) < len(message.layers):
+        raise ValueError("its placement has a layer twice")
     return Placement(
         num_workers=message.num_workers,
         slots_per_worker=message.slots_per_worker,
@@ -127,3 +171,13 @@ def placement_message(placement: Placement) -> control_pb2.Placement:
             for layer, slots_WS in placement.layers.items()
         ],
     )
+
+
+@contextmanager
+def _made_sense_of(epoch: control_pb2.Epoch) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, ConfigError) as error:
+        raise UnavailableError(
+            f"epoch {epoch.number} of the controller cannot be used: {error}"
+        ) from None

@@ -90,7 +90,7 @@ def _load_runner(
     config: ExpertConfig, checkpoint: Checkpoint, epoch: control_pb2.Epoch, worker: int
 ) -> ExpertRunner:
     device, spec = device_of(config.model, config.device_index), checkpoint.spec
-    placement = placement_of(epoch)
+    placement = placement_of(epoch, spec)
     needs = expert_needs(spec, placement, worker, config.model)
     check_fits([needs], free=free_device_memory(device), where=memory_name(device))
     with WeightReader(checkpoint, dtype=dtype_of(config.model), device=device) as reader:

@@ -19,6 +19,10 @@ from janus_server.command_line import parse
 from janus_server.errors import ConfigError, InvalidRequestError, UnavailableError
 from janus_server.grpc_server import MAX_MESSAGE_BYTES, channel_options
 
+_LOST = re.compile("stream removed|socket closed|connection reset|goaway|ping timeout")
+_NOT_THERE = re.compile("failed to connect|resol")
+"""Words of gRPC itself, as against those of the endpoint."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateConfig:
@@ -181,6 +185,8 @@ def _sentence(error: grpc.RpcError, config: GenerateConfig) -> Exception:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError(f"no whole answer within {config.timeout_s:g} s")
     # gRPC itself says so if nothing listens there, or the name has no address.
-    if code is grpc.StatusCode.UNAVAILABLE and re.search("connect|resol", details.lower()):
+    if code is grpc.StatusCode.UNAVAILABLE and _NOT_THERE.search(details.lower()):
         return UnavailableError(f"no Janus endpoint answers at {config.endpoint}")
+    if code is grpc.StatusCode.UNAVAILABLE and _LOST.search(details.lower()):
+        return UnavailableError(f"the connection to {config.endpoint} was lost: {details}")
     return UnavailableError(details or f"the call ended with {code.name}")

@@ -64,7 +64,6 @@ def channel_options() -> list[tuple[str, Any]]:
         ("grpc.http2.max_pings_without_data", 0),
         # A peer that is still starting is tried again soon.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1000),
         # Processes of one cluster never talk through a proxy of the environment.
         ("grpc.enable_http_proxy", 0),

@@ -60,9 +60,13 @@ def startup_progress(config: ServeConfig) -> Iterator[Callable[[], None]]:
         redirect_stdout=sys.stdout.isatty(),
         disable=not sys.stderr.isatty(),
     )
-    with progress:
+    progress.start()
+    try:
         bar = progress.add_task("starting", total=num_parts)
         yield lambda: progress.advance(bar)
+    finally:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            progress.stop()
 
 
 async def _serve_until_signal(config: ServeConfig) -> None:

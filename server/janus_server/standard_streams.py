@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +28,22 @@ def say(line: str) -> None:
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
     except OSError as error:
-        end_output()
+        _drop_output()
         logger.warning("%s (standard output cannot be written: %s)", line, error.strerror)
 
 
 def end_output() -> None:
-    """Write what standard output holds; where that fails, drop it and all that follows.
+    """Write what standard output holds, or drop it where that fails."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Drop what standard output could not write, and all that follows.
 
     Otherwise the interpreter's last flush fails as well, and its complaint and status are seen.
     """
-    with suppress(OSError):
-        sys.stdout.flush()
-        return
     with open(os.devnull, "w") as devnull:
         os.dup2(devnull.fileno(), sys.stdout.fileno())

@@ -1,9 +1,13 @@
 """The ways in which a running server is ended, and what its operator reads of each."""
 
+import fcntl
+import os
+import pty
 import re
 import signal
 import socket
 import subprocess
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,3 +157,28 @@ def test_a_reader_that_leaves_ends_no_server(folder: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_a_terminal_that_is_closed_ends_the_server_in_order(folder: Path, is_ready: bool) -> None:
+    terminal, other_end = pty.openpty()
+    process = subprocess.Popen(
+        [JANUS, "serve", str(folder), "--listen", "127.0.0.1:0"],
+        stdin=other_end,
+        stdout=other_end,
+        stderr=other_end,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(other_end)
+    output = b""
+    while (b"ready 127.0.0.1:" if is_ready else b"starting") not in output:
+        output += os.read(terminal, 4096)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.close(terminal)
+    try:
+        assert process.wait(STOP_S) == 0
+        assert psutil.wait_procs(children, timeout=10)[1] == []
+    finally:
+        process.kill()
+        process.wait()

@@ -1,6 +1,7 @@
 import asyncio
 import io
 import json
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,6 +161,14 @@ def test_a_deadline_ends_the_request(tmp_path: Path) -> None:
             assert await endpoint.worker.aborts.get() == submit.request_id
 
     within_deadline(check())
+
+
+def test_an_endpoint_that_says_nothing() -> None:
+    """A connection is given as long as the answer, not as long as a retry takes."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        sentence = complaint(UnavailableError, ["x", "--timeout-s", "1", "--endpoint", address])
+    assert sentence == "no whole answer within 1 s"
 
 
 @pytest.mark.parametrize("address", [NOWHERE, "a..b:5"])

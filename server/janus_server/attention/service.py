@@ -95,16 +95,10 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
         outbox.put_nowait(worker_pb2.RunResponse(load=engine.load()))
         self._outboxes.add(outbox)
         commands = asyncio.create_task(self._take_commands(engine, request_iterator, outbox))
+        commands.add_done_callback(lambda _: outbox.put_nowait(None))
         try:
-            while not commands.done():
-                message = asyncio.create_task(outbox.get())
-                await asyncio.wait({message, commands}, return_when=asyncio.FIRST_COMPLETED)
-                if not message.done():
-                    message.cancel()
-                elif (response := message.result()) is None:
-                    return
-                else:
-                    yield response
+            while (response := await outbox.get()) is not None:
+                yield response
         finally:
             commands.cancel()
             self._outboxes.discard(outbox)

@@ -198,22 +198,46 @@ class IdleEngine:
         return worker_pb2.EngineLoad(num_blocks=3)
 
 
+@contextlib.asynccontextmanager
+async def idle_service() -> AsyncIterator[
+    tuple[AttentionWorkerService, AttentionWorkerServiceStub]
+]:
+    service = AttentionWorkerService()
+    service.engine = IdleEngine()  # type: ignore[assignment]
+    server = await start_server(
+        lambda grpc_server: add_AttentionWorkerServiceServicer_to_server(service, grpc_server),
+        [],
+        "127.0.0.1:0",
+    )
+    try:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            yield service, AttentionWorkerServiceStub(channel)
+    finally:
+        await server.stop(0)
+
+
 def test_close_ends_the_streams_in_order() -> None:
     async def check() -> None:
-        service = AttentionWorkerService()
-        service.engine = IdleEngine()  # type: ignore[assignment]
-        server = await start_server(
-            lambda grpc_server: add_AttentionWorkerServiceServicer_to_server(service, grpc_server),
-            [],
-            "127.0.0.1:0",
-        )
-        async with grpc.aio.insecure_channel(server.address) as channel:
-            call = AttentionWorkerServiceStub(channel).Run()
+        async with idle_service() as (service, stub):
+            call = stub.Run()
             assert (await call.read()).load.num_blocks == 3
             service.close()
             assert await call.read() == grpc.aio.EOF
             assert await call.code() == grpc.StatusCode.OK
-        await server.stop(0)
+
+    asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
+
+
+def test_a_stream_that_is_cut_off_leaves_no_task() -> None:
+    async def check() -> None:
+        async with idle_service() as (service, stub):
+            call = stub.Run()
+            await call.read()
+            call.cancel()
+            while service._outboxes:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            assert [task for task in asyncio.all_tasks() if "Queue.get" in repr(task)] == []
 
     asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
 

@@ -64,6 +64,8 @@ class FakeControlService(ControlServiceServicer):
     """Streams its one epoch, and what the test has changed of it."""
 
     def __init__(self) -> None:
+        self.model_fingerprint = ""
+        """Of the checkpoint that its workers are said to serve."""
         self._latest = control_pb2.WatchEpochsResponse()
         self._changed = asyncio.Condition()
 
@@ -88,6 +90,7 @@ class FakeControlService(ControlServiceServicer):
     async def WatchEpochs(self, request: Any, context: Any) -> AsyncIterator[Any]:
         async with self._changed:
             while True:
+                self._latest.model_fingerprint = self.model_fingerprint
                 yield self._latest
                 await self._changed.wait()
 
@@ -150,7 +153,7 @@ async def running_endpoint(
         entry = await start_worker("attention-0", worker, stack)
         control = ControlClient(control_server.address)
         stack.push_async_callback(control.close)
-        pool = WorkerPool(control, comm_timeout_s=comm_timeout_s)
+        pool = WorkerPool(control, model_fingerprint="", comm_timeout_s=comm_timeout_s)
         stack.push_async_callback(_cancel, asyncio.create_task(pool.follow()))
         generation = Generation(
             SMALL_SPEC,

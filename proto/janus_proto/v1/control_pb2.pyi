@@ -54,7 +54,7 @@ class RegisterRequest(_message.Message):
     pid: _builtins.int
     """Operating-system process id, for the operator."""
     model_fingerprint: _builtins.str
-    """SHA-256 of config.json: all workers must serve the same model."""
+    """Of its checkpoint, configuration and weights: all workers must serve the same model."""
     dtype: _builtins.str
     """Number format of weights and activations, as --dtype names it: the same for all workers."""
     max_batch_tokens: _builtins.int
@@ -510,6 +510,9 @@ class WatchEpochsResponse(_message.Message):
 
     EPOCH_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    model_fingerprint: _builtins.str
+    """Of the checkpoint that this controller's workers serve."""
     @_builtins.property
     def epoch(self) -> Global___Epoch:
         """Unset while too few workers have registered."""
@@ -523,10 +526,11 @@ class WatchEpochsResponse(_message.Message):
         *,
         epoch: Global___Epoch | None = ...,
         workers: _abc.Iterable[Global___Worker] | None = ...,
+        model_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "model_fingerprint", b"model_fingerprint", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

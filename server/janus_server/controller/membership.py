@@ -130,6 +130,11 @@ class Membership:
         self._expired_s: float | None = None
         """When `expire` was last called."""
 
+    @property
+    def model_fingerprint(self) -> str:
+        """Of the checkpoint that all workers serve."""
+        return self._deployment.fingerprint
+
     def register(self, request: control_pb2.RegisterRequest, *, now_s: float) -> Member:
         """Add a worker; raises RegistrationRefusedError."""
         registration = check_registration(request, self._deployment)

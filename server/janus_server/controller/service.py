@@ -161,7 +161,9 @@ class ControlService(ControlServiceServicer):
             for member in self._membership.members()
         }
         return control_pb2.WatchEpochsResponse(
-            epoch=None if epoch is None else self._epoch(epoch, workers), workers=workers.values()
+            epoch=None if epoch is None else self._epoch(epoch, workers),
+            workers=workers.values(),
+            model_fingerprint=self._membership.model_fingerprint,
         )
 
     def _worker(self, member: Member, rank: int) -> control_pb2.Worker:

@@ -26,7 +26,11 @@ async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
     max_context = context_limit(checkpoint.spec, config.max_context)
     tokenizer = load_tokenizer(checkpoint)
     control = ControlClient(config.controller, read_secret(config.comm))
-    pool = WorkerPool(control, comm_timeout_s=config.comm.comm_timeout_s)
+    pool = WorkerPool(
+        control,
+        model_fingerprint=checkpoint.fingerprint(),
+        comm_timeout_s=config.comm.comm_timeout_s,
+    )
     generation = Generation(
         checkpoint.spec,
         tokenizer,

@@ -13,7 +13,7 @@ from janus_proto.v1.worker_pb2_grpc import AttentionWorkerServiceStub
 from janus_server.comm.authentication import Metadata
 from janus_server.comm.control_client import ControlClient
 from janus_server.endpoint.streams import RequestStream
-from janus_server.errors import RequestFailedError, UnavailableError
+from janus_server.errors import ConfigError, RequestFailedError, UnavailableError
 from janus_server.grpc_server import channel_options
 
 logger = logging.getLogger(__name__)
@@ -137,9 +137,12 @@ class WorkerLink:
 class WorkerPool:
     """Follows the epochs and keeps one link to each attention worker of the current one."""
 
-    def __init__(self, control: ControlClient, *, comm_timeout_s: float) -> None:
+    def __init__(
+        self, control: ControlClient, *, model_fingerprint: str, comm_timeout_s: float
+    ) -> None:
         """A worker that is silent for `comm_timeout_s` seconds counts as lost."""
         self._control = control
+        self._model_fingerprint = model_fingerprint
         self._comm_timeout_s = comm_timeout_s
         self._epoch = control_pb2.Epoch()
         self._links: dict[str, WorkerLink] = {}
@@ -173,10 +176,18 @@ class WorkerPool:
         return min(links, key=lambda link: link.num_requests)
 
     async def follow(self) -> None:
-        """Keep the links as the epochs say, until cancelled; then end them all."""
+        """Keep the links as the epochs say, until cancelled; then end them all.
+
+        Raises ConfigError where the workers serve another model than this endpoint.
+        """
         try:
             async with contextlib.aclosing(self._control.epochs()) as responses:
                 async for response in responses:
+                    if response.model_fingerprint != self._model_fingerprint:
+                        raise ConfigError(
+                            "this endpoint serves another model than the controller's workers: "
+                            "their configurations or weights differ"
+                        )
                     await self._adopt(response.epoch)
         finally:
             await self._adopt(control_pb2.Epoch())

@@ -15,8 +15,9 @@ from janus_proto.v1.inference_pb2_grpc import InferenceServiceStub
 from janus_proto.v1.worker_pb2_grpc import add_AttentionWorkerServiceServicer_to_server
 from janus_server.endpoint.__main__ import main
 from janus_server.endpoint.config import AdmissionConfig, EndpointConfig
-from janus_server.errors import UnavailableError
+from janus_server.errors import ConfigError, UnavailableError
 from janus_server.grpc_server import start_server
+from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import ModelConfig
 from janus_server.process import announced_address
 from tests.conftest import CheckpointFactory
@@ -60,6 +61,9 @@ async def listening(add: Any, servicer: Any) -> AsyncIterator[str]:
 async def running_process(
     checkpoint: str, control: FakeControlService, worker: FakeAttentionWorker, stop: asyncio.Event
 ) -> AsyncIterator[asyncio.Task[None]]:
+    control.model_fingerprint = (
+        control.model_fingerprint or Checkpoint.open(checkpoint).fingerprint()
+    )
     async with (
         listening(add_ControlServiceServicer_to_server, control) as controller,
         listening(add_AttentionWorkerServiceServicer_to_server, worker) as address,
@@ -94,6 +98,20 @@ async def wait_for_health(channel: grpc.aio.Channel, status: int) -> None:
 
 def a_request() -> inference_pb2.GenerateRequest:
     return inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[1]))
+
+
+def test_an_endpoint_with_another_model_than_the_workers_ends(
+    make_checkpoint: CheckpointFactory,
+) -> None:
+    async def scenario() -> None:
+        control, worker, stop = FakeControlService(), FakeAttentionWorker(), asyncio.Event()
+        control.model_fingerprint = "another"
+        async with running_process(str(make_checkpoint()), control, worker, stop) as running:
+            with pytest.raises(ExceptionGroup) as caught:
+                await running
+            assert caught.group_contains(ConfigError, match="serves another model")
+
+    within_deadline(scenario())
 
 
 def test_from_start_to_stop(

@@ -20,6 +20,14 @@ def folder(make_checkpoint: CheckpointFactory, tmp_path: Path) -> Path:
     return Path(shutil.copytree(make_checkpoint(), tmp_path / "model"))
 
 
+@pytest.fixture
+def large(tmp_path: Path) -> StoredTensor:
+    path = tmp_path / "hole.safetensors"
+    path.touch()
+    os.truncate(path, 2**36)  # takes no room on the disk, and would take minutes to read
+    return StoredTensor(path=path, dtype="BF16", shape=(2**35,), start=0, num_bytes=2**36)
+
+
 def of(folder: Path) -> str:
     return Checkpoint.open(folder).fingerprint()
 
@@ -30,17 +38,31 @@ def test_a_copy_has_the_same_in_shards_of_other_sizes_too(folder: Path, tmp_path
     assert of(folder) == of(tmp_path / "sharded")
 
 
-def test_a_change_of_any_tensor_changes_it(folder: Path) -> None:
+def test_a_change_of_any_tensor_changes_it(folder: Path, large: StoredTensor) -> None:
+    def of_a_large_checkpoint() -> str:
+        tensors = Checkpoint.open(folder).tensors
+        return fingerprint(SMALL_SPEC, {**tensors, "large": large})
+
     tensors = load_file(folder / "model.safetensors")
-    seen = {of(folder)}
+    seen = {of_a_large_checkpoint()}
     for name, tensor in tensors.items():
         # Training in bf16 may move a small part of the values only.
         generator = torch.Generator().manual_seed(0)
         moved = torch.rand(tensor.shape, generator=generator) < 0.02
         moved.view(-1)[0] |= not moved.any()
         save_file(tensors | {name: tensor + moved}, folder / "model.safetensors")
-        seen.add(of(folder))
+        seen.add(of_a_large_checkpoint())
     assert len(seen) == len(tensors) + 1
+
+
+def test_a_change_of_one_value_of_a_small_checkpoint_changes_it(folder: Path) -> None:
+    before = of(folder)
+    tensors = load_file(folder / "model.safetensors")
+    largest = max(tensors.values(), key=torch.numel)
+    assert largest.nbytes > 20_000
+    largest.view(-1)[largest.numel() // 2 + 7] += 1
+    save_file(tensors, folder / "model.safetensors")
+    assert of(folder) != before
 
 
 @pytest.mark.parametrize(
@@ -70,13 +92,9 @@ def test_keys_and_tensors_that_change_no_answer_do_not_count(folder: Path) -> No
     assert of(folder) == before
 
 
-def test_little_of_a_large_tensor_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "hole.safetensors"
-    path.touch()
-    os.truncate(path, 2**36)  # takes no room on the disk, and would take minutes to read
-    tensor = StoredTensor(path=path, dtype="BF16", shape=(2**35,), start=0, num_bytes=2**36)
-    before = fingerprint(SMALL_SPEC, {"large": tensor})
-    with path.open("r+b") as file:
+def test_little_of_a_large_tensor_is_read(large: StoredTensor) -> None:
+    before = fingerprint(SMALL_SPEC, {"large": large})
+    with large.path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"1")
-    assert fingerprint(SMALL_SPEC, {"large": tensor}) != before
+    assert fingerprint(SMALL_SPEC, {"large": large}) != before

@@ -16,3 +16,12 @@ def configure_logging(process: str, level: LogLevel = "info") -> None:
         format=f"%(asctime)s %(levelname)s {process} %(name)s: %(message)s",
         force=True,
     )
+    logging.getLogger("grpc._cython.cygrpc").addFilter(is_no_header)
+
+
+def is_no_header(record: logging.LogRecord) -> bool:
+    """Leave out what gRPC logs, with a traceback, of each header that is not UTF-8.
+
+    Any client can send such headers as often as it likes.
+    """
+    return not str(record.msg).startswith("Invalid encoding")

@@ -7,6 +7,7 @@ controller has not answered for `LOST_AFTER_INTERVALS` of them, `lost` is set an
 import asyncio
 import contextlib
 import logging
+import math
 import os
 from collections.abc import AsyncGenerator, Callable
 
@@ -37,6 +38,9 @@ _MAX_INTERVAL_S = 86_400.0
 """Longest time between heartbeats that a controller may ask for, in seconds."""
 
 _RECONNECT_TIMEOUT_S = 30.0
+
+_RECONNECT_S = 0.2
+"""Pause before a stream that broke is begun anew, in seconds."""
 
 _IS_ANOTHER = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAUTHENTICATED)
 """Answers of a controller that is not the one at which this worker registered."""
@@ -121,17 +125,22 @@ class ControlClient:
     ) -> AsyncGenerator[control_pb2.WatchEpochsResponse, None]:
         """Yield the current epoch and then every change of it or of its members' readiness.
 
-        Reconnects when the stream breaks; raises UnavailableError after `timeout_s` seconds in
-        which the controller could not be reached.
+        Reconnects when the stream breaks, however it does. Raises UnavailableError after
+        `timeout_s` seconds without a stream, and at once for a controller of another cluster.
         """
+        loop = asyncio.get_running_loop()
+        broken_at = loop.time()
         while True:
             call = self._stub.WatchEpochs(
                 control_pb2.WatchEpochsRequest(), metadata=self.metadata, wait_for_ready=True
             )
             try:
                 # The first message is sent at once, so that waiting for it is waiting to connect.
-                response = await asyncio.wait_for(call.read(), timeout_s)
+                deadline_s = broken_at + timeout_s - loop.time()
+                response = await asyncio.wait_for(call.read(), deadline_s)
+                reason = "it ended the stream"
                 while isinstance(response, control_pb2.WatchEpochsResponse):
+                    broken_at = math.inf
                     yield response
                     response = await call.read()
             except TimeoutError:
@@ -139,13 +148,18 @@ class ControlClient:
                     f"the controller at {self.address} did not answer within {timeout_s:.0f} s"
                 ) from None
             except grpc.aio.AioRpcError as error:
-                if error.code() != grpc.StatusCode.UNAVAILABLE:
+                reason = error.details() or error.code().name
+                if error.code() in _IS_ANOTHER:
                     raise UnavailableError(
-                        f"the controller at {self.address} failed: {error.details()}"
+                        f"the controller at {self.address} refused: {reason}"
                     ) from None
             finally:
                 call.cancel()
-            logger.warning("the controller ended the epoch stream; reconnecting")
+            broken_at = min(broken_at, loop.time())
+            if loop.time() - broken_at >= timeout_s:
+                raise UnavailableError(f"the controller at {self.address} failed: {reason}")
+            logger.warning("following the epochs anew: %s", reason)
+            await asyncio.sleep(_RECONNECT_S)
 
     async def close(self) -> None:
         """End the heartbeats and the connection."""

@@ -31,6 +31,9 @@ class FakeControlService(ControlServiceServicer):
         self.loads: list[control_pb2.ExpertLoad | None] = []
         self.heard = asyncio.Event()
         self.num_watches = 0
+        self.watch_failure: grpc.StatusCode | None = None
+        self.is_mute = False
+        """Whether streams of epochs end before their first message."""
 
     async def Register(self, request, context):
         return control_pb2.RegisterResponse(
@@ -48,7 +51,10 @@ class FakeControlService(ControlServiceServicer):
 
     async def WatchEpochs(self, request, context):
         self.num_watches += 1
-        yield control_pb2.WatchEpochsResponse(epoch=control_pb2.Epoch(number=self.num_watches))
+        if not self.is_mute:
+            yield control_pb2.WatchEpochsResponse(epoch=control_pb2.Epoch(number=self.num_watches))
+        if self.watch_failure is not None:
+            await context.abort(self.watch_failure, "scripted to break")
 
     async def GetExpertLoads(self, request, context):
         raise AssertionError("not called")
@@ -225,9 +231,22 @@ def test_registration_without_controller_names_its_address() -> None:
     asyncio.run(check())
 
 
-def test_watching_goes_on_after_the_stream_broke() -> None:
+@pytest.mark.parametrize(
+    "failure",
+    [
+        None,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ],
+)
+def test_watching_goes_on_after_the_stream_broke(failure: grpc.StatusCode | None) -> None:
     async def check() -> None:
-        server = await start(FakeControlService(heartbeat_interval_s=1.0))
+        service = FakeControlService(heartbeat_interval_s=1.0)
+        service.watch_failure = failure
+        server = await start(service)
         numbers = []
         async with (
             client(server.address) as control,
@@ -239,6 +258,20 @@ def test_watching_goes_on_after_the_stream_broke() -> None:
                     break
         await server.stop(0)
         assert numbers == [1, 2, 3]
+
+    asyncio.run(check())
+
+
+def test_watching_gives_up_on_streams_that_bring_nothing() -> None:
+    async def check() -> None:
+        service = FakeControlService(heartbeat_interval_s=1.0)
+        service.watch_failure, service.is_mute = grpc.StatusCode.INTERNAL, True
+        server = await start(service)
+        async with client(server.address) as control:
+            with pytest.raises(UnavailableError, match=r"failed: scripted|did not answer within"):
+                await anext(control.epochs(timeout_s=0.5))
+        await server.stop(0)
+        assert 2 <= service.num_watches <= 10
 
     asyncio.run(check())
 

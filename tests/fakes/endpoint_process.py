@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from janus_proto.v1.control_pb2_grpc import add_ControlServiceServicer_to_server
 from janus_proto.v1.inference_pb2_grpc import InferenceServiceStub
 from janus_server.grpc_server import channel_options, start_server
+from janus_server.model.checkpoint import Checkpoint
 from janus_server.process import announced_address
 from tests.fakes.attention_worker import FakeAttentionWorker
 from tests.fakes.endpoint import FakeControlService, start_worker
@@ -38,6 +39,7 @@ async def endpoint_process(checkpoint: Path, *flags: str) -> AsyncIterator[Endpo
     """Start it, wait until it serves, and end it on leaving."""
     async with contextlib.AsyncExitStack() as stack:
         control, worker = FakeControlService(), FakeAttentionWorker()
+        control.model_fingerprint = Checkpoint.open(checkpoint).fingerprint()
         controller = await start_server(
             lambda server: add_ControlServiceServicer_to_server(control, server), [], "127.0.0.1:0"
         )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from janus_kernels.linear import linear
+from janus_kernels.linear import linear, padded_size
 
 
 def expert_ffn(
@@ -54,8 +54,12 @@ def _per_slot(
     x_PI: torch.Tensor, counts: Sequence[int], weights: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Apply each slot's weight to its run of consecutive rows."""
-    groups = x_PI.split([count for count in counts if count])
-    active = [weight for count, weight in zip(counts, weights, strict=True) if count]
-    if len(active) == 1:
-        return linear(groups[0], active[0])
-    return torch.cat([linear(group, weight) for group, weight in zip(groups, active, strict=True)])
+    outputs: list[torch.Tensor] = []
+    first = 0
+    for count, weight in zip(counts, weights, strict=True):
+        if count:
+            # Rows of the next slots are the padding that `linear` would copy.
+            group = x_PI[first : first + padded_size(count)]
+            outputs.append(linear(group, weight)[:count])
+            first += count
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -1,9 +1,10 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from janus_kernels.grouped_gemm import expert_ffn
-from janus_kernels.linear import linear, pack_weight
+from janus_kernels.linear import linear, pack_weight, padded_size
 
 
 def pack_all(weights: torch.Tensor) -> list[torch.Tensor]:
@@ -41,7 +42,7 @@ def test_nothing_for_this_worker() -> None:
 
 @settings(derandomize=True, max_examples=60, deadline=None)
 @given(
-    num_tokens=st.integers(1, 9),
+    num_tokens=st.integers(1, 9) | st.integers(30, 140),
     num_slots=st.integers(1, 5),
     top_k=st.integers(1, 3),
     seed=st.integers(0, 1000),
@@ -65,8 +66,30 @@ def test_equals_one_token_at_a_time(num_tokens: int, num_slots: int, top_k: int,
     torch.testing.assert_close(partial_TH, expected_TH, rtol=1e-4, atol=1e-4)
 
 
-def test_packed_linear_equals_plain_linear() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight, bias = (torch.randn(*s).to(dtype) for s in ((5, 24), (17, 24), (17,)))
-        expected = torch.nn.functional.linear(x, weight, bias)
-        torch.testing.assert_close(linear(x, pack_weight(weight), bias), expected)
+@pytest.mark.parametrize("num_tokens", [1, 5, 32, 33, 34, 101])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_linear_equals_plain_linear(dtype: torch.dtype, num_tokens: int) -> None:
+    shapes = ((num_tokens, 24), (17, 24), (17,))
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in shapes)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(linear(x, pack_weight(weight), bias), expected)
+
+
+def test_no_row_sees_those_that_pad_it() -> None:
+    weight = pack_weight(torch.ones(8, 8))
+    x = torch.ones(33, 8)
+    x[-1] = torch.nan
+    assert linear(x, weight)[:-1].eq(8).all()
+
+
+@given(st.integers(0, 2**20))
+def test_padding_is_little_and_sizes_are_few(num_rows: int) -> None:
+    padded = padded_size(num_rows)
+    assert num_rows <= padded <= num_rows * 17 / 16
+    assert padded_size(padded) == padded
+    assert padded <= padded_size(num_rows + 1)
+
+
+def test_padded_sizes_by_hand() -> None:
+    assert list(map(padded_size, (0, 32, 33, 34, 65, 68, 1000))) == [0, 32, 34, 34, 68, 68, 1024]
+    assert len({padded_size(num_rows) for num_rows in range(1, 2049)}) == 32 + 6 * 16

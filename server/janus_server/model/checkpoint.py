@@ -19,6 +19,7 @@ from janus_server.model.config_json import read_object, shown
 from janus_server.model.families import Family, family_of
 from janus_server.model.fingerprint import fingerprint
 from janus_server.model.stored_tensors import StoredTensor, pick_tensors, stored_tensors
+from janus_server.model.unserved_keys import refuse_unserved_generation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +55,7 @@ class Checkpoint:
         except (KeyError, ValueError) as error:
             reason = f"has no {error}" if isinstance(error, KeyError) else f"is unusable: {error}"
             raise CheckpointError(f"{config_path} {reason}") from None
+        _check_generation(folder, config)
         stored = stored_tensors(folder)
         spec = dataclasses.replace(
             spec,
@@ -67,6 +69,18 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """What processes compare to know that they serve the same model; reads some of it."""
         return fingerprint(self.spec, self.tensors)
+
+
+def _check_generation(folder: Path, config: Mapping[str, Any]) -> None:
+    path = folder / "generation_config.json"
+    if is_there(path):
+        config = read_object(path)
+    else:  # as transformers
+        path = folder / "config.json"
+    try:
+        refuse_unserved_generation(config)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is unusable: {error}") from None
 
 
 def _eos_token_ids(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> tuple[int, ...]:

@@ -17,7 +17,8 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     """Refuse what is not from `low` to `high`, nan included; raises ValueError."""
     if not low <= value <= high:
         # A float32 has fewer digits than Python shows.
-        raise ValueError(f"{name} is {round(value, 7)}; it must be from {low} to {high}")
+        shown = f"{value:.8g}" if isinstance(value, float) else value
+        raise ValueError(f"{name} is {shown}; it must be from {low} to {high}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -102,9 +102,9 @@ def _fields(data: bytes) -> Iterator[tuple[int, int]]:
             at += 4
         else:
             raise _damaged()
+        if at > len(data):
+            raise _damaged()
         yield tag >> 3, at - start
-    if at > len(data):
-        raise _damaged()
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

@@ -78,6 +78,8 @@ def test_ids_that_are_not_packed_pass() -> None:
         (b"\x50\x01" * (MAX_FIELDS + 1), "more than 64 fields"),
         (b"\x53" * 100_000, "no valid message"),
         (field(4, b"x" * 100)[:-1], "no valid message"),
+        (field(4, b"x" * MAX_REST_BYTES)[:20], "no valid message"),
+        (field(3, b"x" * 4 * MAX_REST_BYTES)[:20], "no valid message"),
         (b"\x50" + b"\xff" * 11, "no valid message"),
         (b"\x50", "no valid message"),
     ],

@@ -57,7 +57,8 @@ def test_values_within_bounds(field: str, values: list[Any]) -> None:
     [
         ("temperature", -0.5, "temperature is -0.5; it must be from 0 to 100"),
         ("temperature", 100.5, "temperature is 100.5; it must be from 0 to 100"),
-        ("temperature", 200.1, "temperature is 200.1000061; it must be from 0 to 100"),
+        ("temperature", 200.1, "temperature is 200.10001; it must be from 0 to 100"),
+        ("temperature", -1e-30, "temperature is -1e-30; it must be from 0 to 100"),
         ("top_k", -1, "top_k is -1; it must be from 0 to 2147483647"),
         ("top_p", -0.1, "top_p is -0.1; it must be from 0 to 1"),
         ("top_p", 1.1, "top_p is 1.1; it must be from 0 to 1"),

@@ -71,7 +71,7 @@ def _memories(
                 num_attention=num_attention,
             )
         ]
-    beside = [MemoryNeeds(name=one.name, process=PROCESS_BYTES["cuda"]) for one in workers]
+    beside = [MemoryNeeds(name=worker.name, process=PROCESS_BYTES["cuda"]) for worker in workers]
     return [
         _Memory(where="this machine", free=free, needs=[*beside, *others], num_attention=0),
         *(

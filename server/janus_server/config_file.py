@@ -41,7 +41,7 @@ def read_config_file(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
         name, accepted = _ACCEPTED[element or _plain_type(kinds[key])]
         if element:
             name = f"a list, and each of its elements {name}"
-            fits = isinstance(value, list) and all(type(one) in accepted for one in value)
+            fits = isinstance(value, list) and all(type(element) in accepted for element in value)
         else:
             fits = type(value) in accepted
         if not fits:
@@ -58,5 +58,5 @@ def _plain_type(kind: Any) -> Any:
     if typing.get_origin(kind) is typing.Literal:
         return str
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return next(one for one in typing.get_args(kind) if one is not types.NoneType)
+        return next(member for member in typing.get_args(kind) if member is not types.NoneType)
     return kind

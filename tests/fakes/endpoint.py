@@ -79,8 +79,8 @@ class FakeControlService(ControlServiceServicer):
             number=1, attention_workers=attention_workers, expert_workers=expert_workers
         )
         members = [
-            [worker.worker_id for worker in (*one.attention_workers, *one.expert_workers)]
-            for one in (self._latest.epoch, epoch)
+            [worker.worker_id for worker in (*known.attention_workers, *known.expert_workers)]
+            for known in (self._latest.epoch, epoch)
         ]
         assert not self._latest.HasField("epoch") or members[0] == members[1]
         async with self._changed:

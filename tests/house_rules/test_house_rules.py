@@ -73,6 +73,18 @@ def test_each_class_name_means_one_thing() -> None:
     assert sorted(name for name in set(names) if names.count(name) > 1) == []
 
 
+def test_no_variable_is_called_one() -> None:
+    # A name says what a variable holds.
+    named = [
+        f"{path}:{node.lineno}"
+        for path in (*SOURCES, *(ROOT / "tests").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Name) and node.id == "one" and isinstance(node.ctx, ast.Store))
+        or (isinstance(node, ast.arg) and node.arg == "one")
+    ]
+    assert named == []
+
+
 def test_no_class_mirrors_a_message() -> None:
     # The scheduler may not import protos: its values and the messages that carry them share names.
     own = [path for path in SOURCES if not path.is_relative_to(ROOT / "scheduler")]

@@ -149,7 +149,7 @@ def placement_of(epoch: control_pb2.Epoch, spec: ModelSpec) -> Placement:
 
 def _placement(message: control_pb2.Placement) -> Placement:
     shape = (message.num_workers, message.slots_per_worker)
-    if len({one.layer for one in message.layers}) < len(message.layers):
+    if len({placement.layer for placement in message.layers}) < len(message.layers):
         raise ValueError("its placement has a layer twice")
     return Placement(
         num_workers=message.num_workers,

@@ -64,21 +64,31 @@ class ExpertActivity:
         self._complained_of.discard(worker_id)
 
     def _check(self, load: control_pb2.ExpertLoad) -> None:
-        layers = [one.layer for one in load.layers]
+        layers = [layer_load.layer for layer_load in load.layers]
         if sorted(set(layers)) != layers or not self._num_experts.keys() >= set(layers):
             raise ValueError("its layers are not those of the placement, ascending")
-        for one in load.layers:
-            if len(one.expert_tokens) != self._num_experts[one.layer]:
+        for layer_load in load.layers:
+            num_counts, num_experts = (
+                len(layer_load.expert_tokens),
+                self._num_experts[layer_load.layer],
+            )
+            if num_counts != num_experts:
                 raise ValueError(
-                    f"it counts {len(one.expert_tokens)} experts in layer {one.layer}, which has "
-                    f"{self._num_experts[one.layer]}"
+                    f"it counts {num_counts} experts in layer {layer_load.layer}, which has "
+                    f"{num_experts}"
                 )
-            if max(one.expert_tokens) > _MAX_TOKENS:
-                raise ValueError(f"it counts more tokens in layer {one.layer} than there can be")
+            if max(layer_load.expert_tokens) > _MAX_TOKENS:
+                raise ValueError(
+                    f"it counts more tokens in layer {layer_load.layer} than there can be"
+                )
 
     def _follow(self, load: control_pb2.ExpertLoad, now_s: float) -> None:
         self.recent_tokens.update(
-            {one.layer: np.array(one.expert_tokens, dtype=np.int64) for one in load.layers}, now_s
+            {
+                layer_load.layer: np.array(layer_load.expert_tokens, dtype=np.int64)
+                for layer_load in load.layers
+            },
+            now_s,
         )
         if load.num_layer_steps < self._logged.num_layer_steps:  # another worker's
             self._logged.Clear()
@@ -91,13 +101,15 @@ class ExpertActivity:
 
 def describe_activity(before: control_pb2.ExpertLoad, after: control_pb2.ExpertLoad) -> str:
     """One line on the steps between two reports: a_max of each MoE layer."""
-    old = {one.layer: one for one in before.layers}
+    old = {layer_load.layer: layer_load for layer_load in before.layers}
     means: list[str] = []
     steps = 0
-    for one in after.layers:
-        earlier = old.get(one.layer, control_pb2.LayerLoad())
-        new_steps = one.num_steps - earlier.num_steps
+    for layer_load in after.layers:
+        earlier = old.get(layer_load.layer, control_pb2.LayerLoad())
+        new_steps = layer_load.num_steps - earlier.num_steps
         if new_steps:
             steps = max(steps, new_steps)
-            means.append(f"{one.layer}: {(one.sum_a_max - earlier.sum_a_max) / new_steps:.1f}")
+            means.append(
+                f"{layer_load.layer}: {(layer_load.sum_a_max - earlier.sum_a_max) / new_steps:.1f}"
+            )
     return f"a_max by layer, mean of {steps} steps: {', '.join(means)}"

@@ -248,7 +248,7 @@ class Membership:
             return
         self.epoch = EpochPlan(
             number=number,
-            ranks={one.worker_id: rank for rank, one in enumerate([*attention, *experts])},
+            ranks={member.worker_id: rank for rank, member in enumerate([*attention, *experts])},
             attention_workers=tuple(attention),
             expert_workers=tuple(experts),
             placement=self._placement if experts else None,

@@ -15,10 +15,10 @@ def agreed_scheduling(schedule: ScheduleConfig, experts: Sequence[Registration])
     """The costs are those of the slowest worker, for which the others wait."""
     given = given_costs(schedule)
     measured = [expert.costs for expert in experts]
-    costs = [given] if given else [one for one in measured if one is not None]
+    costs = [given] if given else [cost for cost in measured if cost is not None]
     agreed = ActivationCosts(
-        expert_ps=max((one.expert_ps for one in costs), default=1),
-        pair_ps=max((one.pair_ps for one in costs), default=1),
+        expert_ps=max((cost.expert_ps for cost in costs), default=1),
+        pair_ps=max((cost.pair_ps for cost in costs), default=1),
     )
     logger.info(
         "schedule %s: an expert costs %.1f us, a token-expert pair %.3f us",

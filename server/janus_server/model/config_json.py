@@ -60,7 +60,7 @@ def boolean(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
 def integers(config: Mapping[str, Any], key: str) -> list[int]:
     """The list of whole numbers at `key`; empty by default."""
     value = _get(config, key, [])
-    if not isinstance(value, list) or any(type(one) is not int for one in value):
+    if not isinstance(value, list) or any(type(element) is not int for element in value):
         raise ValueError(f"{key} must be a list of whole numbers, not {shown(value)}")
     return value
 

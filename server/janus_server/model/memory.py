@@ -50,17 +50,17 @@ def together(name: str, needs: Sequence[MemoryNeeds]) -> MemoryNeeds:
     """What these need at the same time."""
     sizes = ("weights", "kv_cache", "working_buffers", "process")
     return MemoryNeeds(
-        name=name, **{size: sum(getattr(one, size) for one in needs) for size in sizes}
+        name=name, **{size: sum(getattr(need, size) for need in needs) for size in sizes}
     )
 
 
 def check_fits(needs: Sequence[MemoryNeeds], *, free: int, where: str = "this machine") -> None:
     """Refuse processes that need more than `free` bytes, alone or together; raises ConfigError."""
-    for one in (*needs, together(f"{len(needs)} processes", needs)):
-        if one.total > free:
-            verb = "needs" if one in needs else "need"
+    for need in (*needs, together(f"{len(needs)} processes", needs)):
+        if need.total > free:
+            verb = "needs" if need in needs else "need"
             raise ConfigError(
-                f"the {one.name} {verb} {one}, and {where} has {shown_bytes(free)} available"
+                f"the {need.name} {verb} {need}, and {where} has {shown_bytes(free)} available"
             )
 
 
@@ -71,7 +71,7 @@ def kv_share(
 
     They get `share` of what is left of `free` bytes together, and each at most `most` bytes.
     """
-    left = max(free - sum(one.total for one in needs), 0)
+    left = max(free - sum(need.total for need in needs), 0)
     return min(math.floor(share * left) // num_sharing, most)
 
 

@@ -42,7 +42,7 @@ def beat(
     load: control_pb2.ExpertLoad | None = None,
 ) -> None:
     """A heartbeat of the worker's own."""
-    [own] = [one.incarnation for one in members.members() if one.worker_id == worker_id]
+    [own] = [member.incarnation for member in members.members() if member.worker_id == worker_id]
     members.heartbeat(worker_id, incarnation=own, ready_epoch=ready, load=load, now_s=now_s)
 
 
@@ -155,13 +155,13 @@ def test_a_worker_of_another_model_is_refused() -> None:
 def test_expert_workers_that_compute_with_unlike_things_are_named_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    one, other = (
+    older, other = (
         control_pb2.ComputeIdentity(device="cpu", cpu_features=features, versions={"torch": torch})
         for features, torch in ((["avx2"], "2.13.0"), (["amx_bf16", "avx2"], "2.11.0"))
     )
     members = membership(attention=1, experts=4)
     join(members, ATTENTION, compute=other)
-    for compute in (one, one, other, other):
+    for compute in (older, older, other, other):
         join(members, EXPERT, compute=compute)
     [message] = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert message == (

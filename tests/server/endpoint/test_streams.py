@@ -68,7 +68,7 @@ def test_what_is_taken_comes_in_small_parts_of_all_that_was_put(sizes: list[int]
         assert [token for delta in deltas for token in delta.token_ids] == token_ids
         for delta in deltas:
             assert len(delta.token_ids) <= MAX_DELTA_TOKENS
-            assert [-one.logprob for one in delta.logprobs] == delta.token_ids
+            assert [-entry.logprob for entry in delta.logprobs] == delta.token_ids
 
     within_deadline(check())
 

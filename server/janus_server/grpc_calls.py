@@ -8,6 +8,7 @@ no call waits for its client for ever.
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, NoReturn
 
@@ -96,11 +97,16 @@ class CallGuard(grpc.aio.ServerInterceptor):
     Handlers are coroutines or, where they stream, asynchronous generators.
     """
 
-    def __init__(self, check_bytes: CheckBytes, *, stall_timeout_s: float) -> None:
+    def __init__(
+        self, check_bytes: CheckBytes, *, stall_timeout_s: float, max_calls_per_method: int
+    ) -> None:
         self.num_stalled = 0
         """Calls that were cut because their client took no message for `stall_timeout_s`."""
         self._check_bytes = check_bytes
         self._stall_timeout_s = stall_timeout_s
+        self._max_calls_per_method = max_calls_per_method
+        self._num_calls: Counter[str] = Counter()
+        """Method -> its calls now. Counted apart, so that watchers keep no request out."""
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Wrap the handler of a call."""
@@ -118,7 +124,7 @@ class CallGuard(grpc.aio.ServerInterceptor):
 
     def _unary(self, method: str, handler: Any) -> Any:
         async def call(requests: Any, context: _Context) -> Any:
-            async with _errors_as_statuses(method, context):
+            async with _errors_as_statuses(method, context), self._counted(method):
                 request = self._parse(handler, await _first(context))
                 return await handler.unary_unary(request, context)
 
@@ -126,7 +132,7 @@ class CallGuard(grpc.aio.ServerInterceptor):
 
     def _stream(self, method: str, handler: Any) -> Any:
         async def call(requests: AsyncIterator[bytes], context: _Context) -> None:
-            async with _errors_as_statuses(method, context):
+            async with _errors_as_statuses(method, context), self._counted(method):
                 if handler.request_streaming:
                     responses = handler.stream_stream(
                         self._requests(handler, requests, context), context
@@ -160,6 +166,18 @@ class CallGuard(grpc.aio.ServerInterceptor):
                 # The handler frees what it holds before the client is told, who may never listen.
                 await responses.athrow(error)
             is_first = False
+
+    @contextlib.asynccontextmanager
+    async def _counted(self, method: str) -> AsyncIterator[None]:
+        if self._num_calls[method] >= self._max_calls_per_method:
+            raise OverloadedError(
+                f"{self._max_calls_per_method} calls of this method are open; try again later"
+            )
+        self._num_calls[method] += 1
+        try:
+            yield
+        finally:
+            self._num_calls[method] -= 1
 
     def _parse(self, handler: Any, data: bytes) -> Any:
         self._check_bytes(data)

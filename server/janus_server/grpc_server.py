@@ -27,6 +27,9 @@ MAX_METADATA_BYTES = 16 * 2**10
 
 _KEEPALIVE_INTERVAL_MS = 30_000
 _KEEPALIVE_TIMEOUT_MS = 10_000
+_MAX_UNREAD_CALLS = 8192
+"""Calls that may wait to be looked at, so that a burst of them gets proper statuses. gRPC cancels
+those beyond without a word, by default some beyond 1000 and all beyond 3000."""
 _CLOSE_TIMEOUT_S = 1.0
 """How long connections may take to close once their calls have ended, in seconds."""
 _HANDSHAKE_TIMEOUT_MS = 10_000
@@ -45,6 +48,10 @@ class ServerLimits:
 
     max_streams: int = 4096
     """Calls at once over one connection; clients hold one more back."""
+
+    max_calls_per_method: int = 4096
+    """Calls at once of one method over all connections; one more is refused. An idle call takes
+    about 30 KB."""
 
     stall_timeout_s: float = 30.0
     """A stream whose client takes no message for longer is cut."""
@@ -79,7 +86,9 @@ def _server_options(limits: ServerLimits) -> list[tuple[str, Any]]:
         ("grpc.http2.bdp_probe", 0),
         ("grpc.max_allowed_incoming_connections", limits.max_connections),
         ("grpc.max_concurrent_streams", limits.max_streams),
-        # Equal, because between the two a call would be refused at random.
+        # Both pairs are equal, because between the two a call would be refused at random.
+        ("grpc.server.max_pending_requests", _MAX_UNREAD_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", _MAX_UNREAD_CALLS),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
@@ -132,7 +141,11 @@ async def start_server(
     """
     limits = limits or ServerLimits()
     host, _ = check_can_listen(listen)
-    guard = CallGuard(limits.check_bytes, stall_timeout_s=limits.stall_timeout_s)
+    guard = CallGuard(
+        limits.check_bytes,
+        stall_timeout_s=limits.stall_timeout_s,
+        max_calls_per_method=limits.max_calls_per_method,
+    )
     server = new_server(_server_options(limits), [*interceptors, guard])
     health = HealthService(service_names)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

@@ -1,5 +1,6 @@
 """What hostile calls get, on every service alike."""
 
+import asyncio
 import contextlib
 import logging
 import struct
@@ -297,6 +298,37 @@ def test_connections_beyond_the_limit_are_closed() -> None:
         assert await channel.unary_unary(ABORT)(b"", timeout=CALL_S) == b""
 
     with_server(scenario, ServerLimits(max_connections=1))
+
+
+def test_calls_of_a_method_beyond_the_limit_are_refused() -> None:
+    async def scenario(server: RunningServer, channel: grpc.aio.Channel) -> None:
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")
+        watchers = [watch(b"", timeout=CALL_S) for _ in range(2)]
+        for watcher in watchers:
+            await watcher.read()
+        code, sentence = await refusal(watch(b"", timeout=CALL_S))
+        assert code is Code.RESOURCE_EXHAUSTED
+        assert sentence == "2 calls of this method are open; try again later"
+        assert await channel.unary_unary(ABORT)(b"", timeout=CALL_S) == b""
+        watchers.pop().cancel()
+        while True:  # the server learns a little later that a place is free
+            watcher = watch(b"", timeout=CALL_S)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                assert await watcher.read()
+                break
+
+    with_server(scenario, ServerLimits(max_calls_per_method=2))
+
+
+def test_a_burst_of_calls_is_answered() -> None:
+    """gRPC would cancel some of what waits to be looked at."""
+
+    async def scenario(server: RunningServer, channel: grpc.aio.Channel) -> None:
+        abort = channel.unary_unary(ABORT)
+        calls = [abort(b"", timeout=CALL_S) for _ in range(3500)]
+        assert set(await asyncio.gather(*calls)) == {b""}
+
+    with_server(scenario)
 
 
 def test_a_path_that_is_no_text() -> None:

@@ -28,6 +28,8 @@ SPARE_CONNECTIONS = 256
 """Connections beside one for each request."""
 SPARE_STREAMS = 64
 """Calls of one connection beside all requests: Abort, health, and requests that are refused."""
+SPARE_CALLS = 2048
+"""Calls of one method over all connections, beside all requests."""
 
 MAX_FIELDS = 64
 """Fields of a request at its outermost level, known and unknown."""
@@ -57,6 +59,7 @@ def public_limits(config: AdmissionConfig, *, max_context: int) -> ServerLimits:
         max_request_bytes=max_request_bytes(max_context),
         max_connections=config.max_requests + SPARE_CONNECTIONS,
         max_streams=config.max_requests + SPARE_STREAMS,
+        max_calls_per_method=config.max_requests + SPARE_CALLS,
         stall_timeout_s=config.client_stall_timeout_s,
         check_bytes=lambda data: check_bytes(data, max_context),
     )

@@ -29,6 +29,7 @@ ROWS = {
     "metadata of a call, in bytes": f"{grpc_server.MAX_METADATA_BYTES}",
     "requests, running and queued": f"`--max-requests` ({DEFAULTS.max_requests})",
     "calls over one connection": f"`--max-requests` and {limits.SPARE_STREAMS} more",
+    "calls of one method": f"`--max-requests` and {limits.SPARE_CALLS} more",
     "connections": f"`--max-requests` and {limits.SPARE_CONNECTIONS} more",
     "until a request has come whole": f"{grpc_calls.REQUEST_TIMEOUT_S:g} s",
     "until a text has its token ids": f"{tokenizer.ENCODE_TIMEOUT_S:g} s",

@@ -11,7 +11,7 @@ import re
 import textwrap
 import typing
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,9 +22,6 @@ from janus_server.config_file import element_type, read_config_file
 from janus_server.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
-
-POSITIONAL_FIELDS = ("checkpoint", "prompt")
-"""Fields given by position on a command line rather than by a flag."""
 
 _CONFIG_NOTE = (
     "With --config FILE.toml, flags are read from a TOML file, where the flag --max-context is "
@@ -49,17 +46,18 @@ def parse(cls: type[ConfigT], argv: Sequence[str], *, prog: str) -> ConfigT:
     where the file cannot be used or a number is out of its bounds.
     """
     kinds = dict(_leaf_types(cls))
+    positional = set(_positional_fields(cls))
     paths, argv = _split_off_config_files(argv)
     table: dict[str, Any] = {}
     for path in paths:
         table |= read_config_file(path, kinds)
-    tuples, argv = _split_off_tuples(kinds, argv)
+    tuples, argv = _split_off_tuples(kinds, positional, argv)
     table |= tuples
     # A default, unlike an argument, makes room for the one on the command line.
     defaults = {
         key: _elements(key, element_type(kinds[key]), value) if isinstance(value, list) else value
         for key, value in table.items()
-        if key in POSITIONAL_FIELDS or isinstance(value, list)
+        if key in positional or isinstance(value, list)
     }
     flags = [
         argument
@@ -82,10 +80,11 @@ def parse(cls: type[ConfigT], argv: Sequence[str], *, prog: str) -> ConfigT:
 
 def to_argv(config: Any) -> list[str]:
     """Write a config as the command line that `parse` reads back; flags may follow it."""
+    by_position = set(_positional_fields(type(config)))
     positional: list[str] = []
     flags: list[str] = []
     for name, value in _leaves(config):
-        if name not in POSITIONAL_FIELDS:
+        if name not in by_position:
             flags += _flag(name, value)
         else:
             positional.append(value)
@@ -120,6 +119,15 @@ def _leaf_types(cls: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaf_types(kind)
         else:
             yield name, kind
+
+
+def _positional_fields(cls: Any) -> Iterator[str]:
+    """Names of the fields that are given by position rather than by a flag."""
+    for name, kind in typing.get_type_hints(cls, include_extras=True).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _positional_fields(kind)
+        elif tyro.conf.Positional in getattr(kind, "__metadata__", ()):
+            yield name
 
 
 def _with_defaults(cls: Any, values: Mapping[str, Any]) -> Any:
@@ -166,7 +174,7 @@ def _split_off_config_files(argv: Sequence[str]) -> tuple[list[Path], list[str]]
 
 
 def _split_off_tuples(
-    kinds: Mapping[str, Any], argv: Sequence[str]
+    kinds: Mapping[str, Any], positional: Container[str], argv: Sequence[str]
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Split off the fields of many values: `--stop a b`, or `--stop=a --stop=b`; alone: none.
 
@@ -183,7 +191,7 @@ def _split_off_tuples(
         if argument == "--":
             rest += [argument, *arguments]
             break
-        if flag.startswith("--") and name in POSITIONAL_FIELDS and name in kinds:
+        if flag.startswith("--") and name in positional:
             raise ConfigError(f"{flag} is no flag: the {name} is given without one")
         if not (flag.startswith("--") and element_type(kinds.get(name))):
             rest.append(argument)

@@ -259,6 +259,18 @@ def test_the_checkpoint_is_no_flag() -> None:
             parse(ServeConfig, argv, prog="p")
 
 
+def test_a_checkpoint_that_is_not_given_by_position_is_a_flag() -> None:
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Flagged:
+        """As `janus demo` has it."""
+
+        checkpoint: str = "bundled"
+        """A folder."""
+
+    assert parse(Flagged, ["--checkpoint", "x"], prog="p").checkpoint == "x"
+    assert to_argv(Flagged(checkpoint="x")) == ["--checkpoint=x"]
+
+
 def test_a_missing_file_and_a_missing_path() -> None:
     with pytest.raises(ConfigError, match=r"cannot read /nope\.toml"):
         parse(ServeConfig, ["--config", "/nope.toml"], prog="p")

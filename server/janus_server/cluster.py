@@ -129,7 +129,7 @@ class _Lifecycle:
                 with self._secret.file_for_children() as secret_file:
                     cluster = await self._start(secret_file.fileno())
         except TimeoutError:
-            missing = ", ".join(self._missing.values())
+            missing = ", ".join(self._missing.values()) or "no process was started yet"
             raise UnavailableError(f"not ready within {timeout_s:g} s: {missing}") from None
         self._is_serving = True
         return cluster

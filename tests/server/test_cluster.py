@@ -51,6 +51,12 @@ def test_a_start_that_takes_too_long_names_what_is_missing(config: ServeConfig) 
     assert children() == before
 
 
+def test_a_start_without_any_time(config: ServeConfig) -> None:
+    hasty = dataclasses.replace(config, comm=CommConfig(startup_timeout_s=0.001))
+    with pytest.raises(UnavailableError, match=r"within 0\.001 s: no process was started yet$"):
+        asyncio.run(start(hasty))
+
+
 def test_a_cancelled_start_leaves_nothing(config: ServeConfig) -> None:
     async def check() -> None:
         starting = asyncio.create_task(start(config))

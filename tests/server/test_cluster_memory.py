@@ -56,6 +56,22 @@ def test_shares_are_within_what_is_free_and_grow_with_it(
         assert fit_memory(asked, free=free) == asked
 
 
+@pytest.mark.parametrize("transport", ["gloo", "local"])
+@pytest.mark.parametrize(("block_size", "num_blocks"), [(1, 2), (2, 1), (16, 1)])
+def test_a_kv_cache_that_holds_no_request(
+    folder: Path, transport: Any, block_size: int, num_blocks: int
+) -> None:
+    engine = EngineConfig(block_size=block_size)
+    block = kv_block_bytes(Checkpoint.open(folder).spec, engine, 2)
+    least = dataclasses.replace(engine, kv_cache_gib=num_blocks * block / 2**30)
+    config = serve_config(folder, least, transport=transport)
+    assert fit_memory(config, free=2**40) == config
+    less = dataclasses.replace(engine, kv_cache_gib=(num_blocks * block - 1) / 2**30)
+    config = serve_config(folder, less, transport=transport)
+    with pytest.raises(ConfigError, match=r"--kv-cache-gib .* is too small for any request"):
+        fit_memory(config, free=2**40)
+
+
 @given(pools=pools, free=free_bytes)
 def test_more_workers_have_smaller_shares(folder: Path, pools: PoolConfig, free: int) -> None:
     larger = dataclasses.replace(pools, attention_workers=pools.attention_workers + 1)

@@ -47,6 +47,10 @@ def test_a_config_that_can_work_passes(config: ServeConfig) -> None:
         ({"pools": PoolConfig(expert_workers=7)}, "--expert-workers 7 .* has 6 experts"),
         ({"pools": PoolConfig(expert_slots=2)}, "2 expert workers with 2 .* cannot hold"),
         ({"pools": PoolConfig(expert_slots=7)}, "--expert-slots must be at most .* 6 experts"),
+        (
+            {"engine": EngineConfig(max_context=1)},
+            "--max-context must be 0, or from 2 to .* not 1$",
+        ),
         ({"engine": EngineConfig(max_context=1025)}, "--max-context .* model's 1024, not 1025"),
         ({"admission": AdmissionConfig(listen="50051")}, "is not HOST:PORT"),
         ({"admission": AdmissionConfig(listen="localhost:99999")}, "port of .* is above 65535"),

@@ -4,20 +4,18 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from janus_scheduler.batching import Batcher, SequencePlan, StepPlan
 from janus_scheduler.model_spec import ModelSpec
 from janus_scheduler.request import FinishReason, SamplingParams, check_range
 from janus_scheduler.request import Sequence as RequestSequence
 from janus_server.attention.config import EngineConfig
 from janus_server.attention.kv_cache import KvCache
-from janus_server.attention.memory import kv_block_bytes, most_blocks
+from janus_server.attention.memory import num_kv_blocks
 from janus_server.attention.runner import AttentionRunner
 from janus_server.attention.sampler import Logprobs, SamplingFault, TokenChoice, sample_tokens
 from janus_server.attention.weights import AttentionWeights
 from janus_server.comm.base import ExpertPool
-from janus_server.errors import ConfigError, PeerLostError
+from janus_server.errors import PeerLostError
 from janus_server.model.config import context_limit
 
 logger = logging.getLogger(__name__)
@@ -62,7 +60,7 @@ class Engine:
     ) -> None:
         embedding = weights.embedding_VH
         self.max_context = context_limit(spec, config.max_context)
-        num_blocks = _num_blocks(spec, config, embedding.dtype)
+        num_blocks = num_kv_blocks(spec, config, embedding.dtype.itemsize)
         self._config = config
         self._vocab_size = spec.vocab_size
         self.num_blocks = num_blocks
@@ -208,13 +206,3 @@ class Engine:
 
 def _sampling(plan: StepPlan) -> list[SequencePlan]:
     return [planned for planned in plan.sequences if planned.samples]
-
-
-def _num_blocks(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int:
-    fit = int(config.kv_cache_gib * 2**30) // kv_block_bytes(spec, config, dtype.itemsize)
-    if fit < 1:
-        raise ConfigError(
-            f"--kv-cache-gib {config.kv_cache_gib:g} holds not even one KV block of "
-            f"{config.block_size} tokens"
-        )
-    return min(fit, most_blocks(spec, config))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from janus_scheduler.model_spec import ModelSpec
 from janus_server.attention.config import EngineConfig
+from janus_server.errors import ConfigError
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import ModelConfig, context_limit
 from janus_server.model.memory import FP32_BYTES, PROCESS_BYTES, MemoryNeeds
@@ -26,6 +27,24 @@ def most_blocks(spec: ModelSpec, config: EngineConfig) -> int:
     return config.max_sequences * -(-context // config.block_size)
 
 
+def num_kv_blocks(spec: ModelSpec, config: EngineConfig, value_bytes: int) -> int:
+    """KV blocks in the memory that `config` names; raises ConfigError where no request fits."""
+    block = kv_block_bytes(spec, config, value_bytes)
+    fit = int(config.kv_cache_gib * 2**30) // block
+    if fit < _fewest_blocks(config):
+        least = _fewest_blocks(config) * block / 2**30
+        raise ConfigError(
+            f"--kv-cache-gib {config.kv_cache_gib:g} is too small for any request, which takes "
+            f"{least:.3g} at least"
+        )
+    return min(fit, most_blocks(spec, config))
+
+
+def _fewest_blocks(config: EngineConfig) -> int:
+    """KV blocks of the shortest request: one token of the prompt and one more."""
+    return 2 if config.block_size == 1 else 1
+
+
 def free_kv_bytes(
     spec: ModelSpec,
     config: EngineConfig,
@@ -37,13 +56,13 @@ def free_kv_bytes(
 ) -> int:
     """KV cache for each of `num_sharing` attention workers on a device with `free` bytes.
 
-    `needs` are those of all processes there, without a KV cache. One KV block at least, though it
-    may not fit.
+    `needs` are those of all processes there, without a KV cache. Room for the shortest
+    request at least, though it may not fit.
     """
     block = kv_block_bytes(spec, config, model.value_bytes)
     left = max(free - sum(process.total for process in needs), 0)
     share = int(_KV_SHARE[model.device] * left) // num_sharing
-    return min(max(share // block, 1), most_blocks(spec, config)) * block
+    return min(max(share // block, _fewest_blocks(config)), most_blocks(spec, config)) * block
 
 
 def with_kv_bytes(config: EngineConfig, kv_bytes: int) -> EngineConfig:
@@ -54,8 +73,13 @@ def with_kv_bytes(config: EngineConfig, kv_bytes: int) -> EngineConfig:
 def attention_needs(
     checkpoint: Checkpoint, config: EngineConfig, model: ModelConfig, *, num_expert_workers: int = 1
 ) -> MemoryNeeds:
-    """What an attention worker needs, with the KV cache that `config` names; 0: without."""
+    """What an attention worker needs, with the KV cache that `config` names; 0: without.
+
+    Raises ConfigError where that holds no request.
+    """
     spec, value_bytes = checkpoint.spec, model.value_bytes
+    if config.kv_cache_gib:
+        num_kv_blocks(spec, config, value_bytes)
     shapes = checkpoint.family.tensor_shapes(spec)
     gates = len(spec.moe_layers) * spec.num_experts * spec.hidden_size
     experts = len(spec.moe_layers) * spec.num_experts * spec.expert_values

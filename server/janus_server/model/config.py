@@ -38,10 +38,11 @@ class ModelConfig:
 def context_limit(spec: ModelSpec, max_context: int) -> int:
     """Longest prompt plus completion in tokens, where `max_context` 0 means all that the model has.
 
-    Raises ConfigError above what the model was made for.
+    Raises ConfigError above what the model was made for, and where no request is short enough.
     """
-    if max_context > spec.max_context:
+    if max_context == 1 or max_context > spec.max_context:
         raise ConfigError(
-            f"--max-context must be between 0 and the model's {spec.max_context}, not {max_context}"
+            f"--max-context must be 0, or from 2 to the model's {spec.max_context}, not "
+            f"{max_context}"
         )
     return max_context or spec.max_context

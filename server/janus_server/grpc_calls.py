@@ -9,13 +9,12 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from typing import Any
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
-from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from janus_server.errors import (
     DuplicateRequestError,
@@ -25,14 +24,12 @@ from janus_server.errors import (
     StalledClientError,
     UnavailableError,
 )
+from janus_server.grpc_acceptor import abort
 
 logger = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S = 30.0
 """How long a call that was begun may take to bring its whole request, in seconds."""
-
-_UNKNOWN_TIMEOUT_S = 1.0
-"""How long a client may take to take the answer that there is no such method."""
 
 _STATUS = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -45,50 +42,6 @@ _STATUS = {
 _Context = grpc.aio.ServicerContext[Any, Any]
 CheckBytes = Callable[[bytes], None]
 """Looks at a request before it is parsed; raises InvalidRequestError."""
-
-
-def new_server(
-    options: Sequence[tuple[str, Any]], interceptors: Sequence[grpc.aio.ServerInterceptor]
-) -> grpc.aio.Server:
-    """A server of which no client can end the loop that accepts calls."""
-    server = grpc.aio.server()
-    # grpc.aio has no place of its own for this; tests hold what is used of its inside.
-    server._server = _CallAcceptor(  # type: ignore[attr-defined]
-        server._loop,  # type: ignore[attr-defined]
-        None,
-        (),
-        list(interceptors),
-        tuple(options),
-        None,
-    )
-    return server
-
-
-class _CallAcceptor(cygrpc.AioServer):  # type: ignore[misc]
-    """Answers calls of unknown methods by itself.
-
-    The loop of grpc.aio would look into them, and end, with the whole server, at a path that is not
-    UTF-8. Calls of known methods are told apart by gRPC's core, which takes a path for bytes.
-    """
-
-    async def _request_call(self) -> NoReturn:
-        while True:
-            call = await super()._request_call()
-            answer = asyncio.create_task(_answer_unknown(call), name="unknown method")
-            _answers.add(answer)
-            answer.add_done_callback(_answers.discard)
-
-
-_answers: set[asyncio.Task[None]] = set()
-"""The event loop itself holds tasks by weak references."""
-
-
-async def _answer_unknown(call: Any) -> None:
-    loop = asyncio.get_running_loop()
-    context = cygrpc._ServicerContext(call, None, None, loop)  # pyright: ignore[reportAttributeAccessIssue]
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_UNKNOWN_TIMEOUT_S):
-            await _abort(context, grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
 
 
 class CallGuard(grpc.aio.ServerInterceptor):
@@ -112,63 +65,20 @@ class CallGuard(grpc.aio.ServerInterceptor):
         """Wrap the handler of a call."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        # All are registered as reading a stream: then the request is bytes that are read here.
-        if not handler.response_streaming:
-            assert not handler.request_streaming, "no service has such a method"
-            return grpc.stream_unary_rpc_method_handler(
-                self._unary(method, handler), response_serializer=handler.response_serializer
-            )
+
+        async def call(requests: AsyncIterator[bytes], context: _Context) -> None:
+            async with self._errors_as_statuses(method, context):
+                with self._counted(method):
+                    await self._serve(handler, requests, context)
+
+        # All are registered as streams, and without a deserializer: so requests come here as bytes,
+        # and no message of either side is waited for out of sight.
         return grpc.stream_stream_rpc_method_handler(
-            self._stream(method, handler), response_serializer=handler.response_serializer
+            call, response_serializer=handler.response_serializer
         )
 
-    def _unary(self, method: str, handler: Any) -> Any:
-        async def call(requests: Any, context: _Context) -> Any:
-            async with _errors_as_statuses(method, context), self._counted(method):
-                request = self._parse(handler, await _first(context))
-                return await handler.unary_unary(request, context)
-
-        return call
-
-    def _stream(self, method: str, handler: Any) -> Any:
-        async def call(requests: AsyncIterator[bytes], context: _Context) -> None:
-            async with _errors_as_statuses(method, context), self._counted(method):
-                if handler.request_streaming:
-                    responses = handler.stream_stream(
-                        self._requests(handler, requests, context), context
-                    )
-                else:
-                    request = self._parse(handler, await _first(context))
-                    responses = handler.unary_stream(request, context)
-                # Closed here rather than by the garbage collector, which may let go of it late.
-                async with contextlib.aclosing(responses):
-                    await self._send(responses, method, context)
-
-        return call
-
-    async def _send(
-        self, responses: AsyncGenerator[Any, None], method: str, context: _Context
-    ) -> None:
-        is_first = True
-        async for response in responses:
-            try:
-                async with asyncio.timeout(self._stall_timeout_s):
-                    # On its own, because a status cannot overtake it in a stalled call.
-                    if is_first:
-                        await context.send_initial_metadata(())
-                    await context.write(response)
-            except TimeoutError:
-                self.num_stalled += 1
-                error = StalledClientError(
-                    f"the client took no message for {self._stall_timeout_s:g} s"
-                )
-                logger.warning("cut a call of %s: %s", method, error)
-                # The handler frees what it holds before the client is told, who may never listen.
-                await responses.athrow(error)
-            is_first = False
-
-    @contextlib.asynccontextmanager
-    async def _counted(self, method: str) -> AsyncIterator[None]:
+    @contextlib.contextmanager
+    def _counted(self, method: str) -> Iterator[None]:
         if self._num_calls[method] >= self._max_calls_per_method:
             raise OverloadedError(
                 f"{self._max_calls_per_method} calls of this method are open; try again later"
@@ -178,6 +88,43 @@ class CallGuard(grpc.aio.ServerInterceptor):
             yield
         finally:
             self._num_calls[method] -= 1
+
+    async def _serve(self, handler: Any, requests: AsyncIterator[bytes], context: _Context) -> None:
+        if handler.request_streaming:
+            request = self._requests(handler, requests, context)
+        else:
+            request = self._parse(handler, await _first(context))
+        if handler.response_streaming:
+            make = handler.stream_stream or handler.unary_stream
+            await self._send(make(request, context), context)
+        else:
+            make = handler.stream_unary or handler.unary_unary
+            await self._write(await make(request, context), context, is_first=True)
+
+    async def _send(self, responses: AsyncGenerator[Any, None], context: _Context) -> None:
+        is_first = True
+        # Closed here rather than by the garbage collector, which may let go of it late.
+        async with contextlib.aclosing(responses):
+            async for response in responses:
+                try:
+                    await self._write(response, context, is_first=is_first)
+                except StalledClientError as error:
+                    # The handler frees what it holds before the client is told.
+                    await responses.athrow(error)
+                is_first = False
+
+    async def _write(self, response: Any, context: _Context, *, is_first: bool) -> None:
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                # On its own, because a status cannot overtake it in a stalled call.
+                if is_first:
+                    await context.send_initial_metadata(())
+                await context.write(response)
+        except TimeoutError:
+            self.num_stalled += 1
+            raise StalledClientError(
+                f"the client took no message for {self._stall_timeout_s:g} s"
+            ) from None
 
     def _parse(self, handler: Any, data: bytes) -> Any:
         self._check_bytes(data)
@@ -196,9 +143,29 @@ class CallGuard(grpc.aio.ServerInterceptor):
             try:
                 request = self._parse(handler, data)
             except InvalidRequestError as error:
-                await _refuse(context, error)
+                await self._refuse(context, error)
                 return
             yield request
+
+    @contextlib.asynccontextmanager
+    async def _errors_as_statuses(self, method: str, context: _Context) -> AsyncIterator[None]:
+        try:
+            yield
+        except JanusError as error:
+            if isinstance(error, StalledClientError):
+                logger.warning("cut a call of %s: %s", method, str(error))
+            await self._refuse(context, error)
+        except grpc.aio.AbortError:
+            raise
+        except grpc.aio.BaseError:  # the client has gone while something was sent to it
+            raise asyncio.CancelledError from None
+        except Exception:
+            logger.exception("a call of %s failed", method)
+            await self._refuse(context, JanusError("an internal error; see the log"))
+
+    async def _refuse(self, context: _Context, error: JanusError) -> None:
+        code = _STATUS.get(type(error), grpc.StatusCode.INTERNAL)
+        await abort(context, code, str(error), timeout_s=self._stall_timeout_s)
 
 
 async def _first(context: _Context) -> bytes:
@@ -212,28 +179,3 @@ async def _first(context: _Context) -> bytes:
     if not isinstance(data, bytes):
         raise InvalidRequestError("the call has no request")
     return data
-
-
-@contextlib.asynccontextmanager
-async def _errors_as_statuses(method: str, context: _Context) -> AsyncIterator[None]:
-    try:
-        yield
-    except JanusError as error:
-        await _refuse(context, error)
-    except grpc.aio.AbortError:
-        raise
-    except grpc.aio.BaseError:  # the client has gone while something was sent to it
-        raise asyncio.CancelledError from None
-    except Exception:
-        logger.exception("a call of %s failed", method)
-        await _abort(context, grpc.StatusCode.INTERNAL, "an internal error; see the log")
-
-
-async def _refuse(context: _Context, error: JanusError) -> None:
-    await _abort(context, _STATUS.get(type(error), grpc.StatusCode.INTERNAL), str(error))
-
-
-async def _abort(context: _Context, code: grpc.StatusCode, sentence: str) -> None:
-    """End the call; where its client is gone, that is all. gRPC raises again after the handler."""
-    with contextlib.suppress(grpc.aio.BaseError):
-        await context.abort(code, sentence)

@@ -16,7 +16,8 @@ from grpc_reflection.v1alpha import reflection
 
 from janus_server.addresses import check_can_listen, join_address
 from janus_server.errors import ConfigError
-from janus_server.grpc_calls import CallGuard, CheckBytes, new_server
+from janus_server.grpc_acceptor import new_server
+from janus_server.grpc_calls import CallGuard, CheckBytes
 from janus_server.health import HealthService
 
 MAX_MESSAGE_BYTES = 64 * 2**20

@@ -26,8 +26,8 @@ _MAX_FRAME_BYTES = 8
 
 SPARE_CONNECTIONS = 256
 """Connections beside one for each request."""
-SPARE_STREAMS = 64
-"""Calls of one connection beside all requests: Abort, health, and requests that are refused."""
+SPARE_STREAMS = 1024
+"""Calls of one connection beside all requests. Cancelled ones count until they are forgotten."""
 SPARE_CALLS = 2048
 """Calls of one method over all connections, beside all requests."""
 

@@ -29,7 +29,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class BreakableControlService(FakeControlService):
-    """Fails its streams for good once `broken` is set."""
+    """Refuses for good once `broken` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class BreakableControlService(FakeControlService):
             for task in done:
                 if task.result() is not True:
                     yield task.result()
-        await context.abort(grpc.StatusCode.INTERNAL, "scripted to break")
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "scripted to break")
 
 
 @contextlib.asynccontextmanager

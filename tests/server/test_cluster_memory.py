@@ -105,12 +105,12 @@ def test_a_share_fits_every_gpu(folder: Path, gpus_free: list[int]) -> None:
             {"engine": EngineConfig(kv_cache_gib=3000)},
             21 * 2**30,
             r"the attention worker needs 3,000\.\d GiB \(weights .*, KV cache 3,000 GiB, working "
-            r"buffers \d+ MiB, process 384 MiB\), and this machine has 21 GiB available",
+            r"buffers \d+ MiB, process 512 MiB\), and this machine has 21 GiB available",
         ),
         (
             {"engine": EngineConfig(kv_cache_gib=12), "pools": PoolConfig(attention_workers=2)},
             21 * 2**30,
-            r"the 6 processes need 25\.\d GiB \(.*, KV cache 24 GiB, .*has 21 GiB available",
+            r"the 6 processes need 26\.\d GiB \(.*, KV cache 24 GiB, .*has 21 GiB available",
         ),
         (
             {"transport": "local", "engine": EngineConfig(kv_cache_gib=30)},

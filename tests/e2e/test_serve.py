@@ -218,7 +218,7 @@ def test_other_layouts_give_the_same_tokens(folder: Path, flags: tuple[str, ...]
         (("--expert-workers", "8"), "--expert-workers 8 does not fit a model that has 7 experts"),
         (("--lanes", "9"), "lanes"),
         (("--device", "cuda"), "GPU"),
-        (("--max-context", "4096"), "between 0 and the model's 1024, not 4096"),
+        (("--max-context", "4096"), "from 2 to the model's 1024, not 4096"),
     ],
 )
 def test_configurations_that_cannot_start(

@@ -1,5 +1,6 @@
 """Fixtures that many tests share."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _few_threads() -> None:
     # Several workers share two cores in many tests.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _default_sighup() -> None:
+    # A suite that runs under nohup hands its ignored SIGHUP on to the servers that it starts.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,11 @@ from janus_server.comm.base import ExpertPool
 logger = logging.getLogger(__name__)
 
 
+_Request = tuple[tuple[int, ...], SamplingParams]
+_Queued = list[_Request]
+"""A request, or nothing: whoever takes it out first, the engine or an abort, has it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
     """What one turn of the engine brought; published also where that is nothing but its load."""
@@ -45,6 +50,8 @@ class EngineThread:
         self._publish = publish
         self._keepalive_s = keepalive_s
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._queued: dict[str, _Queued] = {}
+        """Request id -> the request, until the engine takes it up."""
         self._aborted: list[str] = []
         self._refused: list[RequestFailure] = []
         """Both: not published yet."""
@@ -74,27 +81,17 @@ class EngineThread:
 
     def submit(self, request_id: str, prompt_ids: tuple[int, ...], params: SamplingParams) -> None:
         """Queue a request; one that cannot run comes back in StepResult.failures."""
-
-        def add() -> None:
-            try:
-                self._engine.add(request_id, prompt_ids, params)
-            except ValueError as error:
-                logger.error("refused a request: %s", error)
-                reason = str(error)
-            except Exception:
-                logger.exception("cannot take up request %s", request_id)
-                reason = "the attention worker could not take it up; its log says why"
-            else:
-                return
-            self._refused.append(RequestFailure(request_id=request_id, reason=reason))
-
-        self._commands.put(add)
+        queued: _Queued = [(prompt_ids, params)]
+        self._queued[request_id] = queued
+        self._commands.put(lambda: self._add(request_id, queued))
 
     def abort(self, request_id: str) -> None:
         """Drop a request at the next step boundary; unknown ids do nothing."""
+        # At once: the prompts of requests that come and go during a step would pile up.
+        was_queued = _take(self._queued.pop(request_id, [])) is not None
 
         def drop() -> None:
-            if self._engine.abort(request_id):
+            if was_queued or self._engine.abort(request_id):
                 self._aborted.append(request_id)
 
         self._commands.put(drop)
@@ -127,6 +124,24 @@ class EngineThread:
         except AssertionError:
             self._engine.start_anew("the attention worker lost KV blocks")
 
+    def _add(self, request_id: str, queued: _Queued) -> None:
+        request = _take(queued)
+        if request is None:
+            return  # aborted meanwhile
+        if self._queued.get(request_id) is queued:
+            self._queued.pop(request_id, None)
+        try:
+            self._engine.add(request_id, *request)
+        except ValueError as error:
+            logger.error("refused a request: %s", error)
+            reason = str(error)
+        except Exception:
+            logger.exception("cannot take up request %s", request_id)
+            reason = "the attention worker could not take it up; its log says why"
+        else:
+            return
+        self._refused.append(RequestFailure(request_id=request_id, reason=reason))
+
     def _take_commands(self) -> None:
         """Run the queued commands; while there is no work, wait for one and show signs of life."""
         while not self._stopping:
@@ -148,3 +163,10 @@ class EngineThread:
                 return self._commands.get(timeout=self._keepalive_s)
             except queue.Empty:
                 continue
+
+
+def _take(queued: _Queued) -> _Request | None:
+    try:
+        return queued.pop()
+    except IndexError:
+        return None

@@ -25,6 +25,9 @@ _FINISH_REASONS = {
 _MAX_ID_CHARS = 256
 """Of a request's id at the worker: the client's, which is shorter, and what makes it unique."""
 
+MAX_BEHIND = 8192
+"""Messages that the reader of a stream may be behind; some megabytes of memory."""
+
 _Outbox = asyncio.Queue[worker_pb2.RunResponse | None]
 """None: the stream ends."""
 
@@ -58,7 +61,7 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
             )
             message.outputs.append(output)
         for outbox, message in messages.items():
-            outbox.put_nowait(message)
+            self._put(outbox, message)
         self._show_life(worker_pb2.RunResponse(step=result.step, load=result.load))
 
     async def watch(self, engine: EngineThread, interval_s: float) -> None:
@@ -78,6 +81,24 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
         for outbox in self._outboxes:
             outbox.put_nowait(None)
 
+    def _put(self, outbox: _Outbox, message: worker_pb2.RunResponse) -> None:
+        if outbox.qsize() < MAX_BEHIND:
+            outbox.put_nowait(message)
+            return
+        logger.warning("ended a stream whose reader is %d messages behind", MAX_BEHIND)
+        self._forget(outbox)
+        while not outbox.empty():
+            outbox.get_nowait()
+        outbox.put_nowait(None)
+
+    def _forget(self, outbox: _Outbox) -> None:
+        """Drop what came over a stream and has not ended."""
+        self._outboxes.discard(outbox)
+        for request_id in [name for name, box in self._outbox_of.items() if box is outbox]:
+            del self._outbox_of[request_id]
+            if self.engine is not None:
+                self.engine.abort(request_id)
+
     def _show_life(self, message: worker_pb2.RunResponse) -> None:
         for outbox in self._outboxes:
             if outbox.empty():  # what is in it shows as much, once it is read
@@ -90,7 +111,6 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.RunResponse]:
         """Serve one stream; what it submitted and did not finish is dropped when it ends."""
         engine = await self._engine(context)
-        # Bounded by the tokens of the requests that the endpoint admits.
         outbox: _Outbox = asyncio.Queue()
         outbox.put_nowait(worker_pb2.RunResponse(load=engine.load()))
         self._outboxes.add(outbox)
@@ -101,10 +121,7 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
                 yield response
         finally:
             commands.cancel()
-            self._outboxes.discard(outbox)
-            for request_id in [name for name, box in self._outbox_of.items() if box is outbox]:
-                del self._outbox_of[request_id]
-                engine.abort(request_id)
+            self._forget(outbox)
 
     async def GetEngineLoad(
         self,
@@ -131,6 +148,8 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
         outbox: _Outbox,
     ) -> None:
         async for request in requests:
+            if outbox not in self._outboxes:
+                return  # the stream was ended from here
             if request.HasField("submit"):
                 self._submit(engine, request.submit, outbox)
             elif self._outbox_of.get(request.abort.request_id) is outbox:
@@ -145,7 +164,7 @@ class AttentionWorkerService(AttentionWorkerServiceServicer):
         except ValueError as error:
             logger.error("refused a request: %s", error)
             ended = _ended_output(submit.request_id, str(error))
-            outbox.put_nowait(worker_pb2.RunResponse(outputs=[ended], load=engine.load()))
+            self._put(outbox, worker_pb2.RunResponse(outputs=[ended], load=engine.load()))
             return
         self._outbox_of[submit.request_id] = outbox
         engine.submit(submit.request_id, tuple(submit.prompt_ids), params)

@@ -15,8 +15,9 @@ from janus_proto.v1.worker_pb2_grpc import (
     AttentionWorkerServiceStub,
     add_AttentionWorkerServiceServicer_to_server,
 )
-from janus_server.attention.engine_thread import EngineThread
-from janus_server.attention.service import AttentionWorkerService
+from janus_server.attention.engine import TokenOutput
+from janus_server.attention.engine_thread import EngineThread, StepResult
+from janus_server.attention.service import MAX_BEHIND, AttentionWorkerService
 from janus_server.comm.work_thread import WorkThread
 from janus_server.grpc_server import start_server
 from tests.conftest import CheckpointFactory
@@ -104,13 +105,13 @@ BROKEN_SUBMITS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "its id at the worker is 'a\\nb'": ({"request_id": "a\nb"}, {}),
     "its id at the worker is 'xxx": ({"request_id": "x" * 257}, {}),
     "temperature is nan": ({}, {"temperature": float("nan")}),
-    "temperature is -1.0": ({}, {"temperature": -1.0}),
+    "temperature is -1;": ({}, {"temperature": -1.0}),
     "temperature is inf": ({}, {"temperature": float("inf")}),
     "top_k is -1": ({}, {"top_k": -1}),
     "top_p is nan": ({}, {"top_p": float("nan")}),
     "top_p is 0, which leaves no token": ({}, {"top_p": 0.0}),
     "top_p is 1.5": ({}, {"top_p": 1.5}),
-    "min_p is 2.0": ({}, {"min_p": 2.0}),
+    "min_p is 2;": ({}, {"min_p": 2.0}),
     "seed is -1": ({}, {"seed": -1}),
     "logprobs is 21": ({}, {"logprobs": 21}),
     "logprobs is -1": ({}, {"logprobs": -1}),
@@ -194,6 +195,15 @@ def test_an_idle_worker_shows_life(folder: Path) -> None:
 class IdleEngine:
     progress = 7
 
+    def __init__(self) -> None:
+        self.requests: set[str] = set()
+
+    def submit(self, request_id: str, *_: object) -> None:
+        self.requests.add(request_id)
+
+    def abort(self, request_id: str) -> None:
+        self.requests.remove(request_id)
+
     def load(self) -> worker_pb2.EngineLoad:
         return worker_pb2.EngineLoad(num_blocks=3)
 
@@ -255,5 +265,31 @@ def test_a_worker_that_hangs_falls_silent() -> None:
         engine.progress = 8
         await outbox.get()
         watching.cancel()
+
+    asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
+
+
+def test_a_stream_whose_reader_is_far_behind_ends_and_drops_its_requests() -> None:
+    async def requests() -> AsyncIterator[worker_pb2.RunRequest]:
+        yield submit("mine", 5, 6)
+        await asyncio.Event().wait()
+
+    async def check() -> None:
+        service, engine = AttentionWorkerService(), IdleEngine()
+        service.engine = engine  # type: ignore[assignment]
+        stream = service.Run(requests(), None)  # type: ignore[arg-type]
+        await anext(stream)
+        while not engine.requests:
+            await asyncio.sleep(0)
+        output = TokenOutput(request_id="mine", token_id=7, logprobs=None, finish_reason=None)
+        result = StepResult(
+            step=1, outputs=[output], aborted=[], failures=[], load=worker_pb2.EngineLoad()
+        )
+        for _ in range(MAX_BEHIND):
+            service.publish(result)
+        assert engine.requests
+        service.publish(result)
+        assert not engine.requests
+        assert [message async for message in stream] == []
 
     asyncio.run(asyncio.wait_for(check(), DEADLINE_S))

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import grpc
@@ -40,6 +40,7 @@ _STATUS = {
 }
 
 _Context = grpc.aio.ServicerContext[Any, Any]
+_Error = tuple[grpc.StatusCode, str]
 CheckBytes = Callable[[bytes], None]
 """Looks at a request before it is parsed; raises InvalidRequestError."""
 
@@ -67,9 +68,9 @@ class CallGuard(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
 
         async def call(requests: AsyncIterator[bytes], context: _Context) -> None:
-            async with self._errors_as_statuses(method, context):
-                with self._counted(method):
-                    await self._serve(handler, requests, context)
+            error = await self._error_of(method, self._serve(handler, requests, context))
+            if error is not None:
+                await self._refuse(context, *error)
 
         # All are registered as streams, and without a deserializer: so requests come here as bytes,
         # and no message of either side is waited for out of sight.
@@ -140,32 +141,46 @@ class CallGuard(grpc.aio.ServerInterceptor):
     ) -> AsyncGenerator[Any, None]:
         """The messages of a client's stream; it ends before one that is none, and so the call."""
         async for data in requests:
+            request, refusal = None, None
             try:
                 request = self._parse(handler, data)
             except InvalidRequestError as error:
-                await self._refuse(context, error)
+                refusal = _error(error)
+            if refusal is not None:
+                await self._refuse(context, *refusal)
                 return
             yield request
 
-    @contextlib.asynccontextmanager
-    async def _errors_as_statuses(self, method: str, context: _Context) -> AsyncIterator[None]:
+    async def _error_of(self, method: str, serving: Coroutine[Any, Any, None]) -> _Error | None:
+        """Serve one call, and say what went wrong, if anything.
+
+        Exceptions end here: gRPC would tie them, and the whole request with them, to the call, and
+        only the garbage collector would find the knot.
+        """
         try:
-            yield
+            with self._counted(method):
+                await serving
         except JanusError as error:
             if isinstance(error, StalledClientError):
                 logger.warning("cut a call of %s: %s", method, str(error))
-            await self._refuse(context, error)
-        except grpc.aio.AbortError:
-            raise
+            return _error(error)
+        except grpc.aio.AbortError as error:  # gRPC raises it again after the handler
+            error.__traceback__ = None
         except grpc.aio.BaseError:  # the client has gone while something was sent to it
             raise asyncio.CancelledError from None
         except Exception:
             logger.exception("a call of %s failed", method)
-            await self._refuse(context, JanusError("an internal error; see the log"))
+            return grpc.StatusCode.INTERNAL, "an internal error; see the log"
+        finally:
+            serving.close()
+        return None
 
-    async def _refuse(self, context: _Context, error: JanusError) -> None:
-        code = _STATUS.get(type(error), grpc.StatusCode.INTERNAL)
-        await abort(context, code, str(error), timeout_s=self._stall_timeout_s)
+    async def _refuse(self, context: _Context, code: grpc.StatusCode, sentence: str) -> None:
+        await abort(context, code, sentence, timeout_s=self._stall_timeout_s)
+
+
+def _error(error: JanusError) -> _Error:
+    return _STATUS.get(type(error), grpc.StatusCode.INTERNAL), str(error)
 
 
 async def _first(context: _Context) -> bytes:

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import struct
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, ClassVar
 
@@ -49,8 +51,14 @@ METHODS: list[MethodDescriptor] = [
 ]
 
 
+class Held:
+    """Stands for what a handler holds while it runs."""
+
+
 class Inference(InferenceServiceServicer):
     """Behaves as the request's text says."""
+
+    held: ClassVar[list[weakref.ref[Held]]] = []
 
     ended: ClassVar[list[type]] = []
     """What ended the streams that were to last."""
@@ -70,8 +78,12 @@ class Inference(InferenceServiceServicer):
             raise KeyError("secret")
 
     async def Abort(self, request: Any, context: Any) -> Any:
+        held = Held()
+        self.held.append(weakref.ref(held))
         if request.request_id == "refused":
             raise InvalidRequestError("refused")
+        if request.request_id == "unknown":
+            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown")
         return inference_pb2.AbortResponse()
 
 
@@ -311,6 +323,22 @@ def test_a_unary_answer_that_is_not_taken() -> None:
         assert server.guard.num_stalled == 1
 
     with_server(scenario, ServerLimits(stall_timeout_s=0.1))
+
+
+@pytest.mark.parametrize("request_id", ["", "refused", "unknown"])
+def test_what_a_handler_held_is_free_when_the_call_has_ended(request_id: str) -> None:
+    async def scenario(server: RunningServer, channel: grpc.aio.Channel) -> None:
+        Inference.held.clear()
+        data = inference_pb2.AbortRequest(request_id=request_id).SerializeToString()
+        gc.disable()  # it would free what refers to itself as well, but late
+        try:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await channel.unary_unary(ABORT)(data, timeout=CALL_S)
+            await until(lambda: [held() for held in Inference.held] == [None])
+        finally:
+            gc.enable()
+
+    with_server(scenario)
 
 
 def test_large_metadata_is_refused() -> None:

@@ -97,8 +97,11 @@ class Tokenizer:
         except BaseException:  # a panic of the library is no Exception
             logger.exception("the tokenizer failed at a text of %d characters", len(text))
             raise RequestFailedError("the tokenizer failed at the prompt") from None
-        check_length(len(encoding))
-        ids: list[int] = encoding.ids
+        try:
+            check_length(len(encoding))
+            ids: list[int] = encoding.ids
+        finally:
+            del encoding  # a hundred bytes a token, which an error on its way would keep
         return ids
 
 

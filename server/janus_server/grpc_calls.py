@@ -97,7 +97,9 @@ class CallGuard(grpc.aio.ServerInterceptor):
             request = self._parse(handler, await _first(context))
         if handler.response_streaming:
             make = handler.stream_stream or handler.unary_stream
-            await self._send(make(request, context), context)
+            responses = make(request, context)
+            del request  # what the handler lets go of is free
+            await self._send(responses, context)
         else:
             make = handler.stream_unary or handler.unary_unary
             await self._write(await make(request, context), context, is_first=True)

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -73,6 +75,28 @@ def test_requests_that_would_take_much_to_parse(size: int) -> None:
     async def check() -> None:
         async with endpoint_process(Path(DEMO_CHECKPOINT)) as endpoint:
             await check_memory(endpoint, hostile(size))
+
+    within_deadline(check())
+
+
+def test_running_requests_do_not_hold_their_prompts(tmp_path: Path) -> None:
+    folder = tmp_path / "long context"
+    shutil.copytree(DEMO_CHECKPOINT, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 2**16
+    (folder / "config.json").write_text(json.dumps(config))
+    prompt = list(range(1000, 2000)) * 60
+
+    async def check() -> None:
+        async with endpoint_process(folder) as endpoint:
+            calls = []
+            sizes = []
+            for _ in range(40):
+                calls.append(endpoint.stub.Generate(request(prompt=prompt)))
+                await endpoint.worker.submits.get()
+                sizes.append(endpoint.memory_bytes())
+            # The first ones bring memory that is used again.
+            assert sizes[-1] - sizes[10] < GROWTH_BYTES
 
     within_deadline(check())
 

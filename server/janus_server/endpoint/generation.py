@@ -52,6 +52,7 @@ class Generation:
         with logged_end() as timeline:
             # Closed here rather than by the garbage collector, which may let go of it late.
             async with contextlib.aclosing(self._generate(request, timeline)) as responses:
+                del request  # nothing needs the prompt while its completion is made
                 async for response in responses:
                     timeline.note(response)
                     yield response
@@ -123,7 +124,9 @@ class Generation:
             )
             link = self._pool.least_loaded()
             link.submit(stream, prompt_ids, sampling)
-            async for response in self._responses(stream, sampling, len(prompt_ids)):
+            num_prompt_tokens = len(prompt_ids)
+            del request, prompt_ids
+            async for response in self._responses(stream, sampling, num_prompt_tokens):
                 yield response
         finally:
             del self._active[request_id]

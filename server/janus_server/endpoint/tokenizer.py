@@ -16,8 +16,10 @@ from janus_server.model.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 
 _FILE = "tokenizer.json"
-_SHORT_BYTES = 16 * 2**10
+_SHORT_CHARS = 16 * 2**10
 """A text up to this size takes about 10 ms; the longest ones take seconds."""
+MAX_WAITING_CHARS = 32 * 2**20
+"""Characters of all prompts that wait for their token ids; more could not have them in time."""
 ENCODE_TIMEOUT_S = 30.0
 """How long a prompt may wait for its token ids, behind others of its kind, in seconds."""
 _MAX_UNFINISHED = 64
@@ -57,6 +59,7 @@ class Tokenizer:
         `timeout_s` is how long `encode` may take, waiting included.
         """
         self._timeout_s = timeout_s
+        self._num_waiting_chars = 0
         self._tokenizer = read_tokenizer(path)
         # One thread for each kind, so that long texts, which are a client's choice, keep only each
         # other waiting.
@@ -69,10 +72,17 @@ class Tokenizer:
         """Token ids of a prompt, off the event loop.
 
         `check_length` is called with their number before there is a list of them, and raises what
-        this raises where it is too large. Raises OverloadedError when that takes too long.
+        this raises where it is too large. Raises OverloadedError where too much
+        waits already, and when this takes too long.
         """
-        threads = self._short if len(text) <= _SHORT_BYTES else self._long
+        if self._num_waiting_chars and self._num_waiting_chars + len(text) > MAX_WAITING_CHARS:
+            raise OverloadedError(
+                f"{self._num_waiting_chars} characters of other prompts wait to be tokenized; try "
+                "again later"
+            )
+        threads = self._short if len(text) <= _SHORT_CHARS else self._long
         loop = asyncio.get_running_loop()
+        self._num_waiting_chars += len(text)
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await loop.run_in_executor(threads, self._encode, text, check_length)
@@ -80,6 +90,8 @@ class Tokenizer:
             raise OverloadedError(
                 f"the prompt waited for {self._timeout_s:g} s to be tokenized; try again later"
             ) from None
+        finally:
+            self._num_waiting_chars -= len(text)
 
     def detokenizer(self) -> "Detokenizer":
         """A detokenizer for one stream."""

@@ -33,6 +33,7 @@ ROWS = {
     "connections": f"`--max-requests` and {limits.SPARE_CONNECTIONS} more",
     "until a request has come whole": f"{grpc_calls.REQUEST_TIMEOUT_S:g} s",
     "until a text has its token ids": f"{tokenizer.ENCODE_TIMEOUT_S:g} s",
+    "characters of all texts that wait for token ids": f"{tokenizer.MAX_WAITING_CHARS}",
     "until the client takes a message": (
         f"`--client-stall-timeout-s` ({DEFAULTS.client_stall_timeout_s:g} s)"
     ),

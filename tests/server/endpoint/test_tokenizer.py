@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from janus_server.endpoint.tokenizer import Detokenizer, Tokenizer
+from janus_server.endpoint.tokenizer import MAX_WAITING_CHARS, Detokenizer, Tokenizer
 from janus_server.errors import CheckpointError, InvalidRequestError, OverloadedError
 
 TEXT = """Der Löwe 🦁 trifft 東京 und 👩‍👩‍👧‍👦; naïve café — “quoted”.
@@ -111,6 +111,27 @@ def test_a_text_that_waits_for_too_long(tmp_path: Path) -> None:
         asyncio.run(tokenizer.encode("x", wait))
     given_up.set()
     tokenizer.close()
+
+
+def test_texts_that_wait_are_bounded(tokenizer: Tokenizer) -> None:
+    async def check() -> None:
+        refused = threading.Event()
+
+        def wait(length: int) -> None:
+            assert refused.wait(20)
+
+        text = "word " * (MAX_WAITING_CHARS // 5 // 64)
+        waiting = [asyncio.create_task(tokenizer.encode(text, wait)) for _ in range(64)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="characters of other prompts wait to be token"):
+            await tokenizer.encode(text, wait)
+        for task in waiting:
+            task.cancel()
+        refused.set()
+        await asyncio.wait(waiting)
+        assert await tokenizer.encode("x", any_length)
+
+    asyncio.run(check())
 
 
 def test_text_comes_back_in_whole_characters(tokenizer: Tokenizer) -> None:

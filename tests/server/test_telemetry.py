@@ -39,13 +39,20 @@ CALL_WITH_A_HEADER_THAT_IS_NOT_UTF8 = frame(
 
 
 @pytest.fixture
-def configured() -> Iterator[None]:
+def _unconfigured() -> Iterator[None]:
+    """As if no other test had run a process that sets up the log."""
+    filters, CYGRPC.filters = CYGRPC.filters, []
+    yield
+    CYGRPC.filters = filters
+
+
+@pytest.fixture
+def configured(_unconfigured: None) -> None:
     """What `configure_logging` sets up, but for the handlers, which are the test's own."""
     CYGRPC.addFilter(telemetry.is_no_header)
-    yield
-    CYGRPC.removeFilter(telemetry.is_no_header)
 
 
+@pytest.mark.usefixtures("_unconfigured")
 @pytest.mark.parametrize("is_configured", [False, True])
 def test_a_client_cannot_fill_the_log_with_tracebacks(
     is_configured: bool, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture

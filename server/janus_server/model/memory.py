@@ -91,6 +91,8 @@ def free_memory(root: Path = Path("/")) -> int:
 
 def shown_bytes(size: int) -> str:
     """A size for messages."""
+    if size < 2**20:
+        return f"{size / 2**10:,.0f} KiB"
     if size < 2**30:
         return f"{size / 2**20:,.0f} MiB"
     return f"{size / 2**30:,.1f}".removesuffix(".0") + " GiB"

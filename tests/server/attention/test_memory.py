@@ -4,9 +4,11 @@ from typing import Any
 import pytest
 import torch
 
-from janus_server.attention.config import EngineConfig
+from janus_server.attention.config import AttentionConfig, EngineConfig
 from janus_server.attention.memory import attention_needs
 from janus_server.attention.weights import load_attention_weights
+from janus_server.attention.worker import fit_memory
+from janus_server.errors import ConfigError
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import ModelConfig
 from janus_server.model.weights import WeightReader, dtype_of
@@ -62,3 +64,22 @@ def test_more_of_anything_needs_more(make_checkpoint: CheckpointFactory) -> None
     ):
         assert total(**more) > total(), more
     assert total(max_context=512) < total()
+
+
+def test_a_worker_started_by_hand_sizes_its_own_cache(make_checkpoint: CheckpointFactory) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint())
+    model = ModelConfig(checkpoint=str(checkpoint.path))
+
+    def fitted(kv_cache_gib: float) -> AttentionConfig:
+        engine = EngineConfig(kv_cache_gib=kv_cache_gib, max_context=160, max_sequences=2)
+        return fit_memory(
+            AttentionConfig(model=model, engine=engine, controller="127.0.0.1:1"),
+            checkpoint.spec,
+            lambda engine: attention_needs(checkpoint, engine, model),
+        )
+
+    assert fitted(0.001).engine.kv_cache_gib == 0.001
+    # 384 bytes a token: the little that two sequences can use is there on any machine.
+    assert fitted(0).engine.kv_cache_gib == 2 * 160 * 384 / 2**30
+    with pytest.raises(ConfigError, match=r"attention worker needs .* KV cache 65,536 GiB"):
+        fitted(2**16)

@@ -117,13 +117,17 @@ def test_where_the_system_never_overcommits(tmp_path: Path) -> None:
 
 def test_a_refusal_has_the_numbers_in_one_sentence() -> None:
     needs = MemoryNeeds(
-        name="attention worker", weights=10 * GIB, kv_cache=3000 * GIB, process=300 * MIB
+        name="attention worker",
+        weights=10 * GIB,
+        kv_cache=3000 * GIB,
+        working_buffers=12_288,
+        process=300 * MIB,
     )
     with pytest.raises(ConfigError) as caught:
         check_fits([needs], free=int(21.5 * GIB), where="this machine")
     assert str(caught.value) == (
-        "the attention worker needs 3,010.3 GiB (weights 10 GiB, KV cache 3,000 GiB, process "
-        "300 MiB), and this machine has 21.5 GiB available"
+        "the attention worker needs 3,010.3 GiB (weights 10 GiB, KV cache 3,000 GiB, "
+        "working buffers 12 KiB, process 300 MiB), and this machine has 21.5 GiB available"
     )
 
 

@@ -7,7 +7,7 @@ from janus_server.model.memory import FP32_BYTES, PROCESS_BYTES, MemoryNeeds
 
 
 def expert_needs(
-    spec: ModelSpec, placement: Placement, worker: int, model: ModelConfig, *, num_tokens: int = 0
+    spec: ModelSpec, placement: Placement, worker: int, model: ModelConfig, *, num_tokens: int
 ) -> MemoryNeeds:
     """What expert worker number `worker` needs, in steps of up to `num_tokens` tokens."""
     held = [placement.worker_slots(layer, worker) != EMPTY for layer in placement.layers]

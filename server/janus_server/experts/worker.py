@@ -91,7 +91,8 @@ def _load_runner(
 ) -> ExpertRunner:
     device, spec = device_of(config.model, config.device_index), checkpoint.spec
     placement = placement_of(epoch, spec)
-    needs = expert_needs(spec, placement, worker, config.model)
+    num_tokens = sum(member.max_batch_tokens for member in epoch.attention_workers)
+    needs = expert_needs(spec, placement, worker, config.model, num_tokens=num_tokens)
     check_fits([needs], free=free_device_memory(device), where=memory_name(device))
     with WeightReader(checkpoint, dtype=dtype_of(config.model), device=device) as reader:
         layers = load_layers(reader, placement, worker)

@@ -27,7 +27,7 @@ def test_attention_and_every_share_of_the_experts_in_one_process(folder: Path) -
     placement = round_robin(moe_layers=spec.moe_layers, num_experts=spec.num_experts, num_workers=3)
     needs = monolith_needs(checkpoint, engine, model, placement)
     attention = attention_needs(checkpoint, engine, model, num_expert_workers=3)
-    experts = [expert_needs(spec, placement, share, model) for share in range(3)]
+    experts = [expert_needs(spec, placement, share, model, num_tokens=1) for share in range(3)]
     assert needs.weights == attention.weights + sum(share.weights for share in experts)
     assert (needs.kv_cache, needs.process) == (2**30, attention.process)
     assert needs.working_buffers > attention.working_buffers

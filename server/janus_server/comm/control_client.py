@@ -45,6 +45,14 @@ _RECONNECT_S = 0.2
 _IS_ANOTHER = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAUTHENTICATED)
 """Answers of a controller that is not the one at which this worker registered."""
 
+_REFUSALS = (
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+"""Answers to a registration that will not change."""
+
 _LOAD_DEADLINE_S = 0.5
 """How long a heartbeat waits for the load that it reports, in seconds."""
 
@@ -86,21 +94,7 @@ class ControlClient:
         is not up yet. Raises UnavailableError when it does not answer, ConfigError when it refuses.
         """
         worker.pid = os.getpid()
-        try:
-            response = await self._stub.Register(
-                worker, metadata=self.metadata, timeout=timeout_s, wait_for_ready=True
-            )
-        except grpc.aio.AioRpcError as error:
-            if error.code() in (
-                grpc.StatusCode.FAILED_PRECONDITION,
-                grpc.StatusCode.INVALID_ARGUMENT,
-                grpc.StatusCode.UNAUTHENTICATED,
-            ):
-                raise ConfigError(f"the controller refused: {error.details()}") from None
-            raise UnavailableError(
-                f"could not register with the controller at {self.address} within "
-                f"{timeout_s:.0f} s: {error.details()}"
-            ) from None
+        response = await self._register(worker, timeout_s)
         interval_s = response.heartbeat_interval_s
         if not 0 < interval_s <= _MAX_INTERVAL_S:
             raise UnavailableError(
@@ -110,6 +104,30 @@ class ControlClient:
         self._heartbeats = asyncio.create_task(self._send_heartbeats(interval_s), name="heartbeats")
         self._heartbeats.add_done_callback(self._note_end_of_heartbeats)
         return response.worker_id
+
+    async def _register(
+        self, worker: control_pb2.RegisterRequest, timeout_s: float
+    ) -> control_pb2.RegisterResponse:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while True:
+            try:
+                return await self._stub.Register(
+                    worker,
+                    metadata=self.metadata,
+                    timeout=deadline - loop.time(),
+                    wait_for_ready=True,
+                )
+            except grpc.aio.AioRpcError as error:
+                if error.code() in _REFUSALS:
+                    raise ConfigError(f"the controller refused: {error.details()}") from None
+                if loop.time() + _RECONNECT_S >= deadline:
+                    raise UnavailableError(
+                        f"could not register with the controller at {self.address} within "
+                        f"{timeout_s:.0f} s: {error.details()}"
+                    ) from None
+            # The controller may have taken note of it; a worker without heartbeats is forgotten.
+            await asyncio.sleep(_RECONNECT_S)
 
     def set_ready(self, epoch: int) -> None:
         """Report from now on that this worker is ready to serve `epoch` (0: none)."""

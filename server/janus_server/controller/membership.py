@@ -2,7 +2,8 @@
 
 An epoch is immutable; only the readiness of its members changes. The first is formed as soon as
 both pools have as many living workers as were asked for; workers beyond that are known but stay
-outside. `version` grows with everything that a watcher would see differently.
+outside. A worker that has sent no heartbeat yet may not know that it is registered, and does not
+count. `version` grows with everything that a watcher would see differently.
 
 A worker is one registration. An id is never given twice, and a heartbeat counts only with the
 incarnation that its worker was told, so that nobody speaks for another: not a worker that has
@@ -62,6 +63,8 @@ class Member:
     """What its heartbeats carry, and nobody can guess."""
     registration: Registration
     last_heard_s: float
+    has_beaten: bool = False
+    """Whether it has sent a heartbeat."""
     lost: bool = False
     ready_epoch: int = 0
     """The epoch it is ready to serve; 0: none."""
@@ -150,8 +153,6 @@ class Membership:
         self._num_registered[role] += 1
         self._members[member.worker_id] = member
         logger.info("%s registered (pid %d)", member.worker_id, registration.pid)
-        if self.epoch is None:
-            self._try_form_epoch(number=1)
         self.version += 1
         return member
 
@@ -181,7 +182,8 @@ class Membership:
         member.last_heard_s = now_s
         if member.lost:
             logger.warning("%s is back", worker_id)
-        if member.lost or member.ready_epoch != ready_epoch:
+        if not member.has_beaten or member.lost or member.ready_epoch != ready_epoch:
+            member.has_beaten = True
             member.lost = False
             member.ready_epoch = ready_epoch
             if self.epoch is None:
@@ -235,7 +237,9 @@ class Membership:
 
     def _try_form_epoch(self, *, number: int) -> None:
         attention, experts = (
-            [member for member in self._of_role(role) if not member.lost][:wanted]
+            [worker for worker in self._of_role(role) if worker.has_beaten and not worker.lost][
+                :wanted
+            ]
             for role, wanted in (
                 (control_pb2.WORKER_ROLE_ATTENTION, self._pools.attention_workers),
                 (control_pb2.WORKER_ROLE_EXPERT, self._pools.expert_workers),

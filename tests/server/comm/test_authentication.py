@@ -26,7 +26,7 @@ from janus_server.comm.authentication import (
     start_internal_server,
 )
 from janus_server.comm.config import CommConfig
-from janus_server.comm.control_client import ControlClient
+from janus_server.comm.control_client import ControlClient, wait_for_epoch
 from janus_server.controller.config import PoolConfig
 from janus_server.controller.service import ControlService
 from janus_server.errors import ConfigError, UnavailableError
@@ -172,8 +172,7 @@ def test_whoever_shows_the_secret_is_served() -> None:
             control = ControlClient(address, SECRET)
             worker = registration(control_pb2.WORKER_ROLE_ATTENTION)
             assert await control.register(worker, timeout_s=DEADLINE_S) == "attention-0"
-            async with contextlib.aclosing(control.epochs()) as epochs:
-                assert (await anext(epochs)).epoch.number == 1
+            assert (await wait_for_epoch(control, timeout_s=DEADLINE_S)).number == 1
             async with asyncio.timeout(DEADLINE_S):
                 while not await is_ready(address):
                     control.set_ready(1)

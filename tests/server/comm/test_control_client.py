@@ -13,7 +13,7 @@ from janus_proto.v1.control_pb2_grpc import (
 )
 from janus_server.comm import control_client
 from janus_server.comm.control_client import ControlClient
-from janus_server.errors import UnavailableError
+from janus_server.errors import ConfigError, UnavailableError
 from janus_server.grpc_server import RunningServer, start_server
 
 NOWHERE = "127.0.0.1:1"
@@ -26,7 +26,8 @@ class FakeControlService(ControlServiceServicer):
     def __init__(self, heartbeat_interval_s: float) -> None:
         self.heartbeat_interval_s = heartbeat_interval_s
         self.failures: list[grpc.StatusCode] = []
-        """What the next heartbeats are answered with, the last first."""
+        """What the next registrations and heartbeats are answered with, the last first."""
+        self.num_registrations = 0
         self.ready_epochs: list[int] = []
         self.loads: list[control_pb2.ExpertLoad | None] = []
         self.heard = asyncio.Event()
@@ -36,6 +37,9 @@ class FakeControlService(ControlServiceServicer):
         """Whether streams of epochs end before their first message."""
 
     async def Register(self, request, context):
+        self.num_registrations += 1
+        if self.failures:
+            await context.abort(self.failures.pop(), "scripted to fail")
         return control_pb2.RegisterResponse(
             worker_id="w", incarnation="i", heartbeat_interval_s=self.heartbeat_interval_s
         )
@@ -158,10 +162,10 @@ def test_a_few_heartbeats_may_fail_however_long_they_take(
 ) -> None:
     async def check() -> None:
         service = FakeControlService(heartbeat_interval_s=0.2)
-        service.failures = [grpc.StatusCode.UNAVAILABLE] * num_failures
         server = await start(service)
         async with client(server.address) as control:
             await register(control)
+            service.failures = [grpc.StatusCode.UNAVAILABLE] * num_failures
             heard = asyncio.create_task(service.heard.wait())
             lost = asyncio.create_task(control.lost.wait())
             await asyncio.wait({heard, lost}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
@@ -181,10 +185,10 @@ def test_a_controller_that_does_not_know_this_worker_is_lost_at_once(
 ) -> None:
     async def check() -> None:
         service = FakeControlService(heartbeat_interval_s=1000.0)
-        service.failures = [code]
         server = await start(service)
         async with client(server.address) as control:
             await register(control)
+            service.failures = [code]
             await asyncio.wait_for(control.lost.wait(), 30)
             assert control.loss == (
                 f"the controller at {server.address} is not the one that this worker registered "
@@ -218,6 +222,46 @@ def test_registration_waits_for_a_controller_that_starts_later() -> None:
             server = await start(service, server.address)
             assert await registering == "w"
         await server.stop(0)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL],
+)
+def test_a_registration_that_broke_is_sent_again(failure: grpc.StatusCode) -> None:
+    async def check() -> None:
+        service = FakeControlService(heartbeat_interval_s=1000.0)
+        service.failures = [failure] * 2
+        server = await start(service)
+        async with client(server.address) as control:
+            assert await register(control) == "w"
+        await server.stop(0)
+        assert service.num_registrations == 3
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.UNIMPLEMENTED,
+    ],
+)
+def test_a_registration_that_is_refused_is_not(refusal: grpc.StatusCode) -> None:
+    async def check() -> None:
+        service = FakeControlService(heartbeat_interval_s=1000.0)
+        service.failures = [refusal]
+        server = await start(service)
+        async with client(server.address) as control:
+            with pytest.raises(ConfigError, match="the controller refused: scripted to fail"):
+                await register(control)
+        await server.stop(0)
+        assert service.num_registrations == 1
 
     asyncio.run(check())
 

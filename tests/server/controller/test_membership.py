@@ -30,7 +30,9 @@ def membership(attention: int = 1, experts: int = 2, slots: int = 0) -> Membersh
 
 
 def join(members: Membership, role: int, *, now_s: float = 0.0, **fields: object) -> str:
-    return members.register(registration(role, **fields), now_s=now_s).worker_id
+    worker_id = members.register(registration(role, **fields), now_s=now_s).worker_id
+    beat(members, worker_id, now_s=now_s)
+    return worker_id
 
 
 def beat(
@@ -61,6 +63,16 @@ def test_an_epoch_forms_when_both_pools_are_full() -> None:
     assert members.epoch.number == 1
     assert [m.worker_id for m in members.epoch.attention_workers] == ["attention-0", "attention-1"]
     assert [m.worker_id for m in members.epoch.expert_workers] == ["expert-0", "expert-1"]
+
+
+def test_a_worker_that_never_learned_that_it_is_registered_is_in_no_epoch() -> None:
+    members = membership(attention=1, experts=1)
+    members.register(registration(EXPERT), now_s=0.0)  # the answer was lost
+    join(members, ATTENTION)
+    assert members.epoch is None
+    second = join(members, EXPERT)
+    assert [member.worker_id for member in members.epoch.expert_workers] == [second]
+    assert second == "expert-1"
 
 
 def test_every_layer_places_every_expert() -> None:

@@ -28,9 +28,6 @@ from janus_server.grpc_acceptor import abort
 
 logger = logging.getLogger(__name__)
 
-REQUEST_TIMEOUT_S = 30.0
-"""How long a call that was begun may take to bring its whole request, in seconds."""
-
 _STATUS = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
@@ -52,11 +49,17 @@ class CallGuard(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self, check_bytes: CheckBytes, *, stall_timeout_s: float, max_calls_per_method: int
+        self,
+        check_bytes: CheckBytes,
+        *,
+        request_timeout_s: float,
+        stall_timeout_s: float,
+        max_calls_per_method: int,
     ) -> None:
         self.num_stalled = 0
         """Calls that were cut because their client took no message for `stall_timeout_s`."""
         self._check_bytes = check_bytes
+        self._request_timeout_s = request_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._max_calls_per_method = max_calls_per_method
         self._num_calls: Counter[str] = Counter()
@@ -94,7 +97,7 @@ class CallGuard(grpc.aio.ServerInterceptor):
         if handler.request_streaming:
             request = self._requests(handler, requests, context)
         else:
-            request = self._parse(handler, await _first(context))
+            request = self._parse(handler, await self._first(context))
         if handler.response_streaming:
             make = handler.stream_stream or handler.unary_stream
             responses = make(request, context)
@@ -128,6 +131,18 @@ class CallGuard(grpc.aio.ServerInterceptor):
             raise StalledClientError(
                 f"the client took no message for {self._stall_timeout_s:g} s"
             ) from None
+
+    async def _first(self, context: _Context) -> bytes:
+        try:
+            async with asyncio.timeout(self._request_timeout_s):
+                data = await context.read()
+        except TimeoutError:
+            raise InvalidRequestError(
+                f"the request did not arrive within {self._request_timeout_s:g} s"
+            ) from None
+        if not isinstance(data, bytes):
+            raise InvalidRequestError("the call has no request")
+        return data
 
     def _parse(self, handler: Any, data: bytes) -> Any:
         self._check_bytes(data)
@@ -183,16 +198,3 @@ class CallGuard(grpc.aio.ServerInterceptor):
 
 def _error(error: JanusError) -> _Error:
     return _STATUS.get(type(error), grpc.StatusCode.INTERNAL), str(error)
-
-
-async def _first(context: _Context) -> bytes:
-    try:
-        async with asyncio.timeout(REQUEST_TIMEOUT_S):
-            data = await context.read()
-    except TimeoutError:
-        raise InvalidRequestError(
-            f"the request did not arrive within {REQUEST_TIMEOUT_S:g} s"
-        ) from None
-    if not isinstance(data, bytes):
-        raise InvalidRequestError("the call has no request")
-    return data

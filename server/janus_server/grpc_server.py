@@ -54,6 +54,9 @@ class ServerLimits:
     """Calls at once of one method over all connections; one more is refused. An idle call takes
     about 30 KB."""
 
+    request_timeout_s: float = 30.0
+    """How long a call that was begun may take to bring its whole request."""
+
     stall_timeout_s: float = 30.0
     """A stream whose client takes no message for longer is cut."""
 
@@ -144,6 +147,7 @@ async def start_server(
     host, _ = check_can_listen(listen)
     guard = CallGuard(
         limits.check_bytes,
+        request_timeout_s=limits.request_timeout_s,
         stall_timeout_s=limits.stall_timeout_s,
         max_calls_per_method=limits.max_calls_per_method,
     )

@@ -29,6 +29,7 @@ from janus_server.errors import InvalidRequestError, StalledClientError, Unavail
 from janus_server.grpc_server import RunningServer, ServerLimits, start_server
 from tests.fakes.endpoint import CALL_S, until, within_deadline
 from tests.fakes.http2 import (
+    DATA,
     END_STREAM,
     HEADERS,
     RST_STREAM,
@@ -216,6 +217,17 @@ def test_a_call_without_a_request() -> None:
             assert await refusal(call) == (Code.INVALID_ARGUMENT, "the call has no request")
 
     with_server(scenario)
+
+
+def test_a_request_that_never_comes_whole() -> None:
+    async def scenario(server: RunningServer, channel: grpc.aio.Channel) -> None:
+        for data in (b"", b"\x00\x00\x00", b"\x00\x00\x00\x00\x09half"):
+            async with raw_connection(server.address) as connection:
+                await connection.call(1, ABORT.encode())
+                await connection.send(DATA, data, stream=1)
+                assert await end_of(connection, 1) == HEADERS
+
+    with_server(scenario, ServerLimits(request_timeout_s=0.1))
 
 
 def test_a_second_request_of_a_call_is_not_read() -> None:

@@ -195,8 +195,8 @@ class WorkerPool:
     async def _adopt(self, epoch: control_pb2.Epoch) -> None:
         self._epoch = epoch
         workers = {worker.worker_id: worker for worker in epoch.attention_workers if worker.ready}
-        for worker_id in self._links.keys() - workers.keys():
-            await self._links.pop(worker_id).close()
+        gone = self._links.keys() - workers.keys()
+        await asyncio.gather(*(self._links.pop(worker_id).close() for worker_id in gone))
         for worker_id in workers.keys() - self._links.keys():
             self._links[worker_id] = WorkerLink(
                 workers[worker_id], self._control.metadata, comm_timeout_s=self._comm_timeout_s

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from janus_server import grpc_calls, grpc_server
+from janus_server import grpc_server
 from janus_server.endpoint import limits, streams, tokenizer, validation
 from janus_server.endpoint.config import AdmissionConfig
 
 README = Path(__file__).parents[3] / "README.md"
 DEFAULTS = AdmissionConfig()
+PUBLIC = limits.public_limits(DEFAULTS, max_context=1)
 
 ROWS = {
     "prompt and completion": "the context, `--max-context`, or less where the KV cache holds less",
@@ -31,7 +32,7 @@ ROWS = {
     "calls over one connection": f"`--max-requests` and {limits.SPARE_STREAMS} more",
     "calls of one method": f"`--max-requests` and {limits.SPARE_CALLS} more",
     "connections": f"`--max-requests` and {limits.SPARE_CONNECTIONS} more",
-    "until a request has come whole": f"{grpc_calls.REQUEST_TIMEOUT_S:g} s",
+    "until a request has come whole": f"{PUBLIC.request_timeout_s:g} s",
     "until a text has its token ids": f"{tokenizer.ENCODE_TIMEOUT_S:g} s",
     "characters of all texts that wait for token ids": f"{tokenizer.MAX_WAITING_CHARS}",
     "until the client takes a message": (

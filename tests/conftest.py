@@ -1,5 +1,6 @@
 """Fixtures that many tests share."""
 
+import asyncio
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,28 @@ def _few_threads() -> None:
 def _default_sighup() -> None:
     # A suite that runs under nohup hands its ignored SIGHUP on to the servers that it starts.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+class _DrainingLoop(asyncio.SelectorEventLoop):
+    """Closes a moment late.
+
+    gRPC tells of the end of a cancelled call a little later, through any loop of the process: told
+    to a loop that is closed, it ends up in the log of another test, or in a crash.
+    """
+
+    def close(self) -> None:
+        if not self.is_closed():
+            self.run_until_complete(asyncio.sleep(0.01))
+        super().close()
+
+
+class _DrainingPolicy(asyncio.DefaultEventLoopPolicy):
+    _loop_factory = _DrainingLoop
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _draining_loops() -> None:
+    asyncio.set_event_loop_policy(_DrainingPolicy())
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """A request as the engine sees it: token ids in, sampling rules, progress."""
 
 import enum
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 MAX_TEMPERATURE = 100
@@ -19,6 +20,15 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         # A float32 has fewer digits than Python shows.
         shown = f"{value:.8g}" if isinstance(value, float) else value
         raise ValueError(f"{name} is {shown}; it must be from {low} to {high}")
+
+
+def check_token_ids(where: str, token_ids: Collection[int], vocab_size: int) -> None:
+    """Refuse ids beyond the vocabulary; `where` they stand begins the ValueError's sentence."""
+    largest = max(token_ids, default=0)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{where} has the token id {largest}; the vocabulary ends at {vocab_size - 1}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from janus_scheduler.batching import Batcher, SequencePlan, StepPlan
 from janus_scheduler.model_spec import ModelSpec
-from janus_scheduler.request import FinishReason, SamplingParams, check_range
+from janus_scheduler.request import FinishReason, SamplingParams, check_range, check_token_ids
 from janus_scheduler.request import Sequence as RequestSequence
 from janus_server.attention.config import EngineConfig
 from janus_server.attention.kv_cache import KvCache
@@ -97,11 +97,7 @@ class Engine:
         # The last token is sampled but never fed.
         if total > self.max_context or total - 1 > self.num_blocks * self.batcher.block_size:
             raise ValueError(f"request {request_id} needs room for {total} tokens, too many here")
-        if max(prompt_ids) >= self._vocab_size:
-            raise ValueError(
-                f"request {request_id} has the token id {max(prompt_ids)}; the vocabulary ends at "
-                f"{self._vocab_size - 1}"
-            )
+        check_token_ids(f"request {request_id}", prompt_ids, self._vocab_size)
         check_range("logprobs", params.num_logprobs or 0, 0, self._vocab_size)
         self.batcher.add(
             RequestSequence(request_id=request_id, prompt_ids=prompt_ids, params=params)

@@ -31,7 +31,6 @@ from janus_server.comm.lifecycle import run_until_stopped
 from janus_server.comm.work_thread import WorkThread
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.compute_identity import compute_identity
-from janus_server.model.config import context_limit
 from janus_server.model.cpu import use_cpu
 from janus_server.model.gpu import free_device_memory, memory_name
 from janus_server.model.memory import MemoryNeeds, check_fits
@@ -91,7 +90,6 @@ async def serve(
     config: AttentionConfig, stop: asyncio.Event, checkpoint: Checkpoint, join: PoolFactory
 ) -> None:
     """Serve until `stop`; `join` brings the expert workers of the epoch."""
-    context_limit(checkpoint.spec, config.engine.max_context)
     use_cpu(config.threads)
     service = AttentionWorkerService()
     secret = read_secret(config.comm)

@@ -40,7 +40,6 @@ HEARTBEAT_INTERVAL_S = 1.0
 LOST_AFTER_S = 10 * HEARTBEAT_INTERVAL_S
 """A worker silent for longer counts as lost until it is heard of again, in seconds."""
 
-
 FORGOTTEN_AFTER_S = 60 * HEARTBEAT_INTERVAL_S
 """A lost worker outside the epoch is forgotten once it was silent for longer, in seconds."""
 

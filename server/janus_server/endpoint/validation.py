@@ -7,7 +7,8 @@ bound. No check trusts what a client says of sizes.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from janus_proto.v1 import inference_pb2
@@ -17,6 +18,7 @@ from janus_scheduler.request import (
     MAX_TEMPERATURE,
     MAX_TOP_K,
     check_range,
+    check_token_ids,
 )
 from janus_server.errors import InvalidRequestError
 
@@ -154,15 +156,18 @@ def _check_stops(sampling: inference_pb2.SamplingParams, bounds: Bounds) -> None
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    try:
+    with _refused():
         check_range(name, value, low, high)
-    except ValueError as error:
-        raise InvalidRequestError(str(error)) from None
 
 
 def _check_token_ids(where: str, ids: Sequence[int], bounds: Bounds) -> None:
-    largest = max(ids, default=0)
-    if largest >= bounds.vocab_size:
-        raise InvalidRequestError(
-            f"{where} has the token id {largest}; the vocabulary ends at {bounds.vocab_size - 1}"
-        )
+    with _refused():
+        check_token_ids(where, ids, bounds.vocab_size)
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidRequestError(str(error)) from None

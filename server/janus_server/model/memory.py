@@ -4,7 +4,6 @@ Needs are estimates from above. On a CPU the system commits memory only as it is
 too large a KV cache would be noticed by the kernel's out-of-memory killer, hours later.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,17 +61,6 @@ def check_fits(needs: Sequence[MemoryNeeds], *, free: int, where: str = "this ma
             raise ConfigError(
                 f"the {need.name} {verb} {need}, and {where} has {shown_bytes(free)} available"
             )
-
-
-def kv_share(
-    *, free: int, needs: Sequence[MemoryNeeds], num_sharing: int, share: float, most: int
-) -> int:
-    """KV cache in bytes for each of `num_sharing` workers: what else is needed counts first.
-
-    They get `share` of what is left of `free` bytes together, and each at most `most` bytes.
-    """
-    left = max(free - sum(need.total for need in needs), 0)
-    return min(math.floor(share * left) // num_sharing, most)
 
 
 def free_memory(root: Path = Path("/")) -> int:

@@ -3,7 +3,8 @@
 import asyncio
 
 from janus_proto.v1 import control_pb2
-from janus_scheduler.activation import Scheduling
+from janus_scheduler.activation import ActivationCosts, Scheduling
+from janus_scheduler.placement import Placement
 from janus_server.attention import worker as attention_worker
 from janus_server.attention.config import EngineConfig
 from janus_server.comm.base import ExpertPool
@@ -26,10 +27,10 @@ async def main(config: MonolithConfig, stop: asyncio.Event) -> None:
     checkpoint = Checkpoint.open(config.attention.model.checkpoint)
     check_pools(config.pools, checkpoint.spec)
     placement = first_placement(config.pools, checkpoint.spec)
-    given_costs(config.schedule)
+    costs = given_costs(config.schedule)
 
     def join(epoch: control_pb2.Epoch, worker_id: str) -> ExpertPool:
-        return local_expert_pool(config, checkpoint)
+        return local_expert_pool(config, checkpoint, placement, costs)
 
     def needs(engine: EngineConfig) -> MemoryNeeds:
         return monolith_needs(checkpoint, engine, config.attention.model, placement)
@@ -38,13 +39,19 @@ async def main(config: MonolithConfig, stop: asyncio.Event) -> None:
     await attention_worker.serve(attention, stop, checkpoint, join)
 
 
-def local_expert_pool(config: MonolithConfig, checkpoint: Checkpoint) -> LocalExpertPool:
-    """Load all experts, in as many shares as there are expert workers."""
+def local_expert_pool(
+    config: MonolithConfig,
+    checkpoint: Checkpoint,
+    placement: Placement,
+    costs: ActivationCosts | None,
+) -> LocalExpertPool:
+    """Load all experts, in as many shares as there are expert workers; `costs` None: measured."""
     spec, model = checkpoint.spec, config.attention.model
-    placement = first_placement(config.pools, spec)
     device, dtype = device_of(model, config.attention.device_index), dtype_of(model)
-    costs = given_costs(config.schedule) or measure_costs(spec, dtype=dtype, device=device)
-    scheduling = Scheduling(policy=config.schedule.schedule, costs=costs)
+    scheduling = Scheduling(
+        policy=config.schedule.schedule,
+        costs=costs or measure_costs(spec, dtype=dtype, device=device),
+    )
     with WeightReader(checkpoint, dtype=dtype, device=device) as reader:
         runners = [
             ExpertRunner(

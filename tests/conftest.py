@@ -2,11 +2,12 @@
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 from tests.fakes.checkpoints import write_checkpoint
 
@@ -50,6 +51,15 @@ class _DrainingPolicy(asyncio.DefaultEventLoopPolicy):
 @pytest.fixture(scope="session", autouse=True)
 def _draining_loops() -> None:
     asyncio.set_event_loop_policy(_DrainingPolicy())
+
+
+@pytest.fixture
+def quiet_transformers() -> Iterator[None]:
+    """Without what transformers says of odd folders."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    yield
+    transformers_logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(scope="session")

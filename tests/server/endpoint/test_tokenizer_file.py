@@ -1,14 +1,12 @@
 """Token ids are those of transformers on the same folder, or the folder is refused."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from janus_server.endpoint.tokenizer import check_tokenizer
 from janus_server.endpoint.tokenizer_file import read_tokenizer
@@ -16,16 +14,10 @@ from janus_server.errors import CheckpointError
 from janus_server.model.checkpoint import Checkpoint
 from tests.conftest import CheckpointFactory
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 TEXT = "Hi  there, naïve 東京\n<|user|> what <s>is</s> <think> 12 <|end|>"
 FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Iterator[None]:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    yield
-    transformers_logging.set_verbosity(verbosity)
 
 
 def library() -> Tokenizer:

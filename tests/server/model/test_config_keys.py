@@ -7,7 +7,6 @@ to agree with, and nothing is asked.
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
-from transformers.utils import logging as transformers_logging
 
 from janus_server.errors import CheckpointError
 from janus_server.model.checkpoint import Checkpoint
@@ -61,15 +59,9 @@ class WatchedConfig(Qwen3MoeConfig):  # type: ignore[misc]
         return super().__getattribute__(key)
 
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 READ: set[str] = set()
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Iterator[None]:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    yield
-    transformers_logging.set_verbosity(verbosity)
 
 
 @pytest.fixture

@@ -39,7 +39,11 @@ def read_config_file(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{path}: there is no key {key}{hint}")
         element = element_type(kinds[key])
         name, accepted = _ACCEPTED[element or _plain_type(kinds[key])]
-        if element:
+        choices = _choices(kinds[key])
+        if choices:
+            name = f"one of {', '.join(choices)}"
+            fits = value in choices
+        elif element:
             name = f"a list, and each of its elements {name}"
             fits = isinstance(value, list) and all(type(element) in accepted for element in value)
         else:
@@ -54,8 +58,12 @@ def element_type(kind: Any) -> Any:
     return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
 
 
+def _choices(kind: Any) -> tuple[str, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+
+
 def _plain_type(kind: Any) -> Any:
-    if typing.get_origin(kind) is typing.Literal:
+    if _choices(kind):
         return str
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return next(member for member in typing.get_args(kind) if member is not types.NoneType)

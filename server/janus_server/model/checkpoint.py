@@ -35,6 +35,8 @@ class Checkpoint:
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
         """Check the folder at `path`; raises CheckpointError with one sentence on what is wrong."""
+        if not str(path):  # a shell variable that is not set; for Path it is the current folder
+            raise CheckpointError("the path of the checkpoint is empty")
         folder = Path(path)
         try:
             os.fspath(folder).encode()

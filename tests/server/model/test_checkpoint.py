@@ -101,6 +101,11 @@ def test_no_folder(tmp_path: Path, name: str) -> None:
         Checkpoint.open(tmp_path / name)
 
 
+def test_an_empty_path_is_not_the_current_folder() -> None:
+    with pytest.raises(CheckpointError, match="the path of the checkpoint is empty"):
+        Checkpoint.open("")
+
+
 def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot read .*config\.json: No such file"):
         Checkpoint.open(tmp_path)

@@ -159,6 +159,7 @@ class _Lifecycle:
 
     async def end(self) -> None:
         supervisor = self._supervisor
+        supervisor.announce_end()
         if self._endpoint is not None and self._is_serving and not supervisor.has_failed:
             drain_s = self._config.admission.drain_timeout_s
             await supervisor.end([self._endpoint], timeout_s=drain_s + _DRAIN_MARGIN_S)

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import uvloop
 from rich.console import Console
@@ -27,15 +29,20 @@ _ROLE_NAMES = {
 def command(argv: Sequence[str]) -> int:
     """Serve a checkpoint on this machine until Ctrl-C.
 
-    Returns 0 after an orderly end; raises JanusError where it cannot start or a process is lost.
+    Returns 0 after an orderly end, 128 and the number of a signal that came before it was ready;
+    raises JanusError where it cannot start or a process is lost.
     """
     config = parse(ServeConfig, argv, prog="janus serve")
     configure_logging("serve", config.log_level)
     check_surroundings()
     check_config(config)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve_until_signal(config))
-    return 0
+        number = runner.run(_serve_until_signal(config))
+    if number is None:
+        return 0
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"janus: stopped by {number.name} before it was ready", file=sys.stderr)
+    return 128 + number
 
 
 def describe_worker(worker: control_pb2.Worker) -> str:
@@ -69,23 +76,28 @@ def startup_progress(config: ServeConfig) -> Iterator[Callable[[], None]]:
             progress.stop()
 
 
-async def _serve_until_signal(config: ServeConfig) -> None:
-    stop, hurry = asyncio.Event(), asyncio.Event()
+async def _serve_until_signal(config: ServeConfig) -> signal.Signals | None:
+    """Returns the signal that ended the start; None where the server was ready."""
+    ready, hurry = asyncio.Event(), asyncio.Event()
+    stopping: asyncio.Future[signal.Signals] = asyncio.get_running_loop().create_future()
 
-    def on_signal() -> None:
-        (hurry if stop.is_set() else stop).set()
+    def on_signal(number: signal.Signals) -> None:
+        if stopping.done():
+            hurry.set()
+        else:
+            stopping.set_result(number)
 
     on_stop_signals(on_signal)
-    serving = asyncio.create_task(_serve(config, hurry))
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
+    serving = asyncio.create_task(_serve(config, ready, hurry))
+    either: list[asyncio.Future[Any]] = [serving, stopping]
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     serving.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await serving
+    return None if ready.is_set() else stopping.result()
 
 
-async def _serve(config: ServeConfig, hurry: asyncio.Event) -> None:
+async def _serve(config: ServeConfig, ready: asyncio.Event, hurry: asyncio.Event) -> None:
     async with contextlib.AsyncExitStack() as stack:
         with startup_progress(config) as advance:
 
@@ -97,5 +109,6 @@ async def _serve(config: ServeConfig, hurry: asyncio.Event) -> None:
                 running_cluster(config, on_worker_ready=on_worker_ready, hurry=hurry)
             )
             advance()
+        ready.set()
         say(f"ready {cluster.address}")
         await cluster.wait_for_failure()

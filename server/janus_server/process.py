@@ -1,7 +1,7 @@
 """The shell of every Janus process: config, log, event loop, signals, lifeline, exit status.
 
-Invariants: SIGTERM, SIGINT, SIGHUP and the end of the lifeline all mean one thing, the `stop`
-event; a process with a lifeline never outlives its parent by more than `LIFELINE_GRACE_S`.
+Invariant: what asks for an end sets the `stop` event and does nothing else: the lifeline where a
+process has one (`lifeline.py`), else SIGTERM, SIGINT and SIGHUP.
 """
 
 import asyncio
@@ -10,8 +10,6 @@ import os
 import resource
 import signal
 import sys
-import threading
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, TypeVar
@@ -20,13 +18,14 @@ import uvloop
 
 from janus_server import command_line
 from janus_server.errors import ConfigError, JanusError, sentence_of
+from janus_server.lifeline import Lifeline
 from janus_server.standard_streams import open_closed_streams, say
 from janus_server.telemetry import LogLevel, configure_logging
 
 logger = logging.getLogger(__name__)
 
-LIFELINE_GRACE_S = 20.0
-"""How long an orderly stop may take once the parent is gone, in seconds."""
+STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+"""The signals that ask for an end."""
 
 _MIN_OPEN_FILES = 128
 """A process has one for each connection, and gRPC aborts where it can open none."""
@@ -45,7 +44,7 @@ class ProcessConfig:
     """Least severe kind of event that is logged."""
 
     lifeline: bool = False
-    """Exit when standard input closes, so that the process never outlives its parent."""
+    """Exit when standard input closes, or the parent says so on it; leave signals to the parent."""
 
 
 class _HasProcessConfig(Protocol):
@@ -125,41 +124,22 @@ def announced_address(line: str) -> str | None:
     return line.removeprefix(_ANNOUNCEMENT).strip()
 
 
-def on_stop_signals(handler: Callable[[], None]) -> None:
-    """Have the running event loop call `handler` at each signal that asks for an end."""
+def on_stop_signals(handler: Callable[[signal.Signals], None]) -> None:
+    """Have the running event loop call `handler` with each signal that asks for an end."""
     loop = asyncio.get_running_loop()
-    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    # Whoever starts a process with nohup wants it to go on without its terminal.
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        signals.remove(signal.SIGHUP)
-    for number in signals:
-        loop.add_signal_handler(number, handler)
+    for number in STOP_SIGNALS:
+        # Whoever starts a process with nohup wants it to go on without its terminal.
+        if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+            continue
+        loop.add_signal_handler(number, handler, number)
 
 
 async def _run_until_stopped(
     config: ConfigT, main: Callable[[ConfigT, asyncio.Event], Awaitable[None]]
 ) -> None:
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    on_stop_signals(stop.set)
     if config.process.lifeline:
-        threading.Thread(
-            target=_watch_lifeline, args=(loop, stop), name="lifeline", daemon=True
-        ).start()
+        on_stop_signals(Lifeline(stop).leave_to_parent)
+    else:
+        on_stop_signals(lambda number: stop.set())
     await main(config, stop)
-
-
-def _watch_lifeline(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    # Not sys.stdin: a buffered reader held by a daemon thread aborts the interpreter's exit.
-    try:
-        while os.read(0, 4096):
-            pass
-    except OSError:
-        logger.warning("standard input cannot be read; taking it for closed")
-    try:
-        loop.call_soon_threadsafe(stop.set)
-    except RuntimeError:  # the loop is closed: the process is ending already
-        logger.debug("the lifeline closed after the event loop")
-    time.sleep(LIFELINE_GRACE_S)
-    logger.error("still running %.0f s after the parent ended; exiting hard", LIFELINE_GRACE_S)
-    os._exit(1)

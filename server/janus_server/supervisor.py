@@ -1,8 +1,8 @@
 """Child processes: start them, notice the first that ends unasked, and leave none behind.
 
 Every child has a lifeline: its standard input is a pipe that closes when this process ends, however
-it ends. Each runs in a session of its own, so that Ctrl-C reaches only the parent, which then ends
-its children in the right order.
+it ends, and tells it when to end. Each runs in a session of its own, so that Ctrl-C reaches only
+the parent; once it runs, it leaves the signals that reach it to the parent.
 """
 
 import asyncio
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from janus_server.errors import PeerLostError
-from janus_server.process import announced_address
+from janus_server.lifeline import END, END_COMES
+from janus_server.process import STOP_SIGNALS, announced_address
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,9 @@ T = TypeVar("T")
 
 _FROZEN_TIMEOUT_S = 3.0
 """How long a child that is stopped may take to be continued and to end, in seconds."""
+
+_ALL_SIGNALLED_S = 0.5
+"""How far apart the processes may get a signal that is sent to all of them, in seconds."""
 
 
 class Child:
@@ -52,19 +56,23 @@ class Child:
         """Whether a signal ended it that this process did not send; it must have exited."""
         status = self.exited.result()
         return (
-            status < 0
-            and not self._was_killed
-            and not (self.is_ending and status == -signal.SIGTERM)
+            status < 0 and not self._was_killed and not (self.is_ending and -status in STOP_SIGNALS)
         )
 
     async def address(self) -> str:
         """Wait for the HOST:PORT that the child announces; it must have been started for that."""
         return await asyncio.shield(self._address)
 
+    def announce_end(self) -> None:
+        """Let it know that it will be asked to end, so that it takes signals for part of that."""
+        self._say(END_COMES)
+
     def end(self) -> None:
         """Ask it to end, once."""
         if not self.is_ending:
             self.is_ending = True
+            self._say(END)
+            # Ends a child that is still importing; later it heeds the lifeline alone.
             with contextlib.suppress(ProcessLookupError):
                 self.process.terminate()
 
@@ -77,6 +85,11 @@ class Child:
     async def close(self) -> None:
         """Let go of an exited child's pipes."""
         await self._output
+
+    def _say(self, word: bytes) -> None:
+        assert self.process.stdin is not None
+        if not self.exited.done():
+            self.process.stdin.write(word)
 
     async def _read_output(self) -> None:
         if self.process.stdout is None:
@@ -213,6 +226,11 @@ class Supervisor:
             all_exited.cancel()
             hurrying.cancel()
 
+    def announce_end(self) -> None:
+        """Tell all children that `end` will follow; they stay silent about signals from then on."""
+        for child in self.children:
+            child.announce_end()
+
     def kill_all(self) -> None:
         """Kill every child that still runs, without waiting."""
         for child in _running(self.children):
@@ -220,6 +238,9 @@ class Supervisor:
 
     async def _watch(self, child: Child) -> None:
         status = await child.exited
+        if not child.is_ending and -status in STOP_SIGNALS:
+            # It was importing. Whoever signals all processes at once signals this one as well.
+            await asyncio.sleep(_ALL_SIGNALLED_S)
         if not child.is_ending or status > 0 or child.was_shot:
             self._failures.append(child)
             self._failed.set()

@@ -107,8 +107,61 @@ def test_a_signal_after_a_failure_makes_no_orderly_end_of_it(folder: Path) -> No
         assert last.startswith("janus: the ")
 
 
+def signal_all(server: Served, number: signal.Signals) -> None:
+    """As systemd does it; the parent comes last, which is the hardest order."""
+    for process in reversed(server.family()):
+        process.send_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_is_an_orderly_end(folder: Path, number: signal.Signals) -> None:
+    with serving(folder, "--expert-workers", "2") as server:
+        calls = [server.stub.Generate(request([1, 2, 3], 900), timeout=60) for _ in range(2)]
+        deltas = [[next(call)] for call in calls]
+        signal_all(server, number)
+        status = None
+        while status is None:
+            try:
+                list(server.stub.Generate(request([1], 1), timeout=60))
+            except grpc.RpcError as error:
+                status = error.code()
+        assert status is grpc.StatusCode.UNAVAILABLE
+        for call, of_call in zip(calls, deltas, strict=True):
+            of_call += call
+            assert sum(len(delta.token_ids) for delta in of_call) == 900
+            assert call.code() is grpc.StatusCode.OK
+        assert last_words(server) == (0, "")
+
+
+def test_a_second_signal_to_all_processes_ends_them_at_once(folder: Path) -> None:
+    with serving(folder, "--expert-workers", "2", "--drain-timeout-s", "600") as server:
+        call = server.stub.Generate(request([1, 2, 3], 900), timeout=60)
+        next(call)
+        signal_all(server, signal.SIGTERM)
+        time.sleep(0.1)
+        signal_all(server, signal.SIGTERM)
+        assert last_words(server) == (0, "")
+        with pytest.raises(grpc.RpcError):
+            list(call)
+
+
+def test_a_signal_to_a_child_is_left_to_the_parent(folder: Path) -> None:
+    with serving(folder) as server:
+        parent, *children = server.family()
+        for child in children:
+            child.terminate()
+        assert server.process.stderr is not None
+        lines = [server.process.stderr.readline() for _ in children]
+        for child in children:
+            words = f"SIGTERM does not end this process (pid {child.pid}): signal its parent "
+            assert sum(f"{words}(pid {parent.pid})" in line for line in lines) == 1
+        list(server.stub.Generate(request([1], 4), timeout=60))
+        assert server.stop() == (0, "")
+
+
+@pytest.mark.parametrize("only_parent", [True, False])
 @pytest.mark.parametrize("delay_s", [0.5, 1, 2, 3])
-def test_a_start_that_is_ended_says_nothing(folder: Path, delay_s: float) -> None:
+def test_a_start_that_is_ended_says_so(folder: Path, delay_s: float, only_parent: bool) -> None:
     process = subprocess.Popen(
         [JANUS, "serve", str(folder), "--listen", "127.0.0.1:0"],
         stdout=subprocess.DEVNULL,
@@ -117,10 +170,12 @@ def test_a_start_that_is_ended_says_nothing(folder: Path, delay_s: float) -> Non
     )
     time.sleep(delay_s)
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    process.terminate()
+    for signalled in family[:1] if only_parent else reversed(family):
+        signalled.terminate()
     _, stderr = process.communicate(timeout=STOP_S)
     assert psutil.wait_procs(family, timeout=10)[1] == []
-    assert (process.returncode, stderr) in [(0, ""), (-signal.SIGTERM, "")]
+    sentence = "janus: stopped by SIGTERM before it was ready\n"
+    assert (process.returncode, stderr) in [(143, sentence), (-signal.SIGTERM, "")]
 
 
 def wait_until_serving(address: str) -> None:
@@ -177,7 +232,7 @@ def test_a_terminal_that_is_closed_ends_the_server_in_order(folder: Path, is_rea
     children = psutil.Process(process.pid).children(recursive=True)
     os.close(terminal)
     try:
-        assert process.wait(STOP_S) == 0
+        assert process.wait(STOP_S) == (0 if is_ready else 128 + signal.SIGHUP)
         assert psutil.wait_procs(children, timeout=10)[1] == []
     finally:
         process.kill()

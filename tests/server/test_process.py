@@ -6,12 +6,13 @@ from typing import IO
 
 import pytest
 
+from janus_server.lifeline import END, END_COMES
 from janus_server.process import announced_address
 
 PREAMBLE = """
 import asyncio, signal, sys, time
 from dataclasses import dataclass, field
-from janus_server import process
+from janus_server import lifeline, process
 from janus_server.errors import ConfigError
 from janus_server.process import ProcessConfig
 
@@ -89,6 +90,38 @@ def test_a_closed_lifeline_is_an_orderly_stop(start) -> None:
     assert child.wait(60) == 0
 
 
+def test_the_parents_word_is_an_orderly_stop(start) -> None:
+    child = start(UNTIL_STOPPED, "--lifeline")
+    child.stdout.readline()
+    child.stdin.write(END.decode())
+    child.stdin.flush()
+    assert child.wait(60) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_with_a_lifeline_a_signal_is_left_to_the_parent(start, number: signal.Signals) -> None:
+    child = start(UNTIL_STOPPED, "--lifeline")
+    child.stdout.readline()
+    child.send_signal(number)
+    sentence = f"{number.name} does not end this process (pid {child.pid}): signal its parent"
+    assert sentence in child.stderr.readline()
+    assert child.poll() is None
+    child.stdin.close()
+    assert child.wait(60) == 0
+
+
+def test_a_signal_while_the_parent_ends_needs_no_word(start) -> None:
+    child = start("lifeline._PARENT_SPEAKS_S = 0.1\n" + UNTIL_STOPPED, "--lifeline")
+    child.stdout.readline()
+    child.send_signal(signal.SIGTERM)
+    child.stdin.write(END_COMES.decode())
+    child.stdin.flush()
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.5)
+    child.stdin.close()
+    assert (child.wait(60), child.stderr.read()) == (0, "")
+
+
 def test_a_parent_that_is_gone_before_the_announcement_is_no_error(start) -> None:
     child = start(UNTIL_STOPPED, "--lifeline")
     child.stdout.close()
@@ -108,7 +141,7 @@ def test_without_lifeline_a_closed_input_means_nothing(start) -> None:
 def test_a_process_that_does_not_stop_exits_hard_after_its_lifeline(start) -> None:
     child = start(
         """
-process.LIFELINE_GRACE_S = 0.1
+lifeline.LIFELINE_GRACE_S = 0.1
 
 async def main(config, stop):
     process.announce("here:1")

@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from janus_server.errors import PeerLostError
+from janus_server.lifeline import END, END_COMES
 from janus_server.supervisor import Supervisor, describe_exit, is_stopped
 
 DEADLINE_S = 60.0
@@ -18,6 +19,14 @@ import signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("listening stubborn", flush=True)
 {SLEEP}
+"""
+HEEDS_WORDS = f"""
+import os, signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("listening here", flush=True)
+assert os.read(0, 1) == {END_COMES!r}
+assert os.read(0, 1) == {END!r}
+os._exit(0)
 """
 WAITER = """
 import os, signal, time
@@ -96,6 +105,52 @@ def test_an_end_that_was_asked_for_is_no_failure() -> None:
             assert not parent.has_failed
             assert not parent.has_crashed
             assert await parent.unless_failed(asyncio.sleep(0, "result")) == "result"
+
+    asyncio.run(check())
+
+
+def test_a_child_ends_at_a_word_alone() -> None:
+    async def check() -> None:
+        async with supervisor() as parent:
+            child = await parent.spawn("heeder", "timeit", statement(HEEDS_WORDS), announces=True)
+            await child.address()
+            parent.announce_end()
+            await parent.end([child], timeout_s=DEADLINE_S)
+            assert await child.exited == 0
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_is_no_failure_of_a_child_that_gets_it_first(
+    number: signal.Signals,
+) -> None:
+    async def check() -> None:
+        async with supervisor() as parent:
+            source = (
+                f"import signal; signal.signal({number}, signal.SIG_DFL); "
+                f"print('listening here', flush=True); {SLEEP}"
+            )
+            child = await parent.spawn("sleeper", "timeit", statement(source), announces=True)
+            await child.address()
+            os.kill(child.pid, number)
+            assert await child.exited == -number
+            await parent.end(parent.children, timeout_s=DEADLINE_S)
+            failing = asyncio.create_task(parent.wait_for_failure())
+            assert (await asyncio.wait([failing], timeout=1))[0] == set()
+            failing.cancel()
+
+    asyncio.run(check())
+
+
+def test_a_signal_to_a_child_alone_is_its_failure() -> None:
+    async def check() -> None:
+        async with supervisor() as parent:
+            child = await parent.spawn("sleeper", "timeit", statement(SLEEP))
+            os.kill(child.pid, signal.SIGTERM)
+            with pytest.raises(PeerLostError) as caught:
+                await parent.wait_for_failure()
+            assert str(caught.value) == f"the sleeper (pid {child.pid}) was killed by SIGTERM"
 
     asyncio.run(check())
 

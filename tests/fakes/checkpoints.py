@@ -1,5 +1,6 @@
 """Random-weight checkpoints, written by transformers, and what transformers makes of them."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def write_checkpoint(
     """Write a random model, TINY but for `overrides`, with a byte-level tokenizer."""
     config = {**TINY, **overrides}
     write_random_checkpoint(folder, config, seed=seed, max_shard_size=max_shard_size)
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    save_tokenizer(folder, byte_tokenizer())
 
 
 def reference_model(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3MoeForCausalLM:
@@ -59,6 +60,18 @@ def reference_decode(
         pad_token_id=0,
     )
     return result.sequences[0, len(prompt_ids) :].tolist(), torch.cat(result.logits).float()
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, **config: object) -> Path:
+    """Write tokenizer.json, to be used as it is, and return its path.
+
+    `config` replaces keys of tokenizer_config.json.
+    """
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    config = {"tokenizer_class": "TokenizersBackend"} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
 
 
 def byte_tokenizer() -> Tokenizer:

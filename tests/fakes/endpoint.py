@@ -33,7 +33,7 @@ from janus_server.grpc_server import RunningServer, channel_options, start_serve
 from janus_server.model import qwen3_moe
 from janus_server.model.checkpoint import Checkpoint
 from tests.fakes.attention_worker import LOAD, FakeAttentionWorker
-from tests.fakes.checkpoints import byte_tokenizer
+from tests.fakes.checkpoints import byte_tokenizer, save_tokenizer
 from tests.fakes.model_specs import SMALL_SPEC
 
 DEADLINE_S = 20
@@ -211,9 +211,7 @@ async def start_worker(
 
 
 def _tokenizer(folder: Path, stack: contextlib.AsyncExitStack) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    BYTES.save(str(path))
-    tokenizer = Tokenizer(path)
+    tokenizer = Tokenizer(save_tokenizer(folder, BYTES))
     stack.callback(tokenizer.close)
     return tokenizer
 

@@ -1,28 +1,39 @@
 """Read the tokenizer of a model folder so that it cuts text as `transformers` would.
 
 tokenizer.json alone says how. The files beside it may name further tokens, which `transformers`
-adds: a folder whose files disagree about that is refused.
+adds, or have it use less of tokenizer.json: a folder whose files disagree is refused.
 """
 
+import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken, models
 
+from janus_server.endpoint.tokenizer_class import check_rebuilt, is_rebuilt
 from janus_server.errors import CheckpointError
 from janus_server.input_file import is_there, read_file
-from janus_server.model.config_json import read_object, shown
+from janus_server.model.config_json import boolean, read_object, shown, table
 
 _MAX_BYTES = 2**28
 """Several times the largest that is known."""
-_CONFIG = "tokenizer_config.json"
-_NAMING_FILES = (_CONFIG, "special_tokens_map.json", "added_tokens.json")
 _SINGLE = tuple(f"{name}_token" for name in ["bos", "eos", "unk", "sep", "pad", "cls", "mask"])
+_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _DECODER = "added_tokens_decoder"
-_LISTS = ("additional_special_tokens", "extra_special_tokens", _DECODER)
-_FLAGS = frozenset({"lstrip", "rstrip", "single_word", "normalized"})
-"""Of an added token; each changes how the text around it is cut."""
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+"""Of an added token; each changes how the text around it is cut, or whether it is shown."""
+_NOT_SERVED = ("fast_tokenizer_files", "tokenizer_padding", "_json_padding")
+"""Keys of tokenizer_config.json that name another tokenizer.json or bring in a further token."""
+_SWITCHES = ("add_bos_token", "add_eos_token")
+"""Without effect in tokenizer_config.json, where a tokenizer.json has its own."""
+_CLEAN_UP = "clean_up_tokenization_spaces"
+_CLEAN_UP_BPE = f"{_CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output"
+
+_Added = Mapping[str, tuple[int, AddedToken]]
+"""The added tokens of tokenizer.json by their text, with their ids."""
 
 
 def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
@@ -34,49 +45,148 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         raise
     except BaseException as error:  # nothing narrower is raised, and a panic is no Exception
         raise CheckpointError(f"{path} is not a usable tokenizer: {error}") from None
+    _check_folder(path, content, tokenizer)
     # Settings of the training or of another use; a prompt is neither cut short nor filled up.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    for name in _NAMING_FILES:
-        if is_there(path.parent / name):
-            config = read_object(path.parent / name)
-            for key, token in _tokens_of(name, config):
-                _check_token(path.parent / name, key, token, added)
-            if name == _CONFIG:
-                tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
     return tokenizer
 
 
-def _tokens_of(name: str, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(key, token) of all tokens that a file names, each its text or an object with `content`."""
-    if name == "added_tokens.json":
-        yield from ((name, token) for token in config)
-        return
-    for key in _SINGLE:
-        if config.get(key) is not None:
-            yield key, config[key]
-    for key in _LISTS:
-        tokens = config.get(key) or []
-        if isinstance(tokens, dict):
-            tokens = list(tokens.values())
-        yield from ((key, token) for token in (tokens if isinstance(tokens, list) else [tokens]))
+def _check_folder(path: Path, tokenizer_json: bytes, tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuse what makes `transformers` use anything but `tokenizer`, made of `tokenizer_json`."""
+    names = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    paths = [path.parent / name for name in names]
+    model_config, config, special, ids = (
+        read_object(each) if is_there(each) else {} for each in paths
+    )
+    tokens = tokenizer.get_added_tokens_decoder()
+    added = {token.content: (index, token) for index, token in tokens.items()}
+    with _refusing(path):
+        _refuse_random(tokenizer.model)
+        padding = tokenizer.padding
+        named = _named({} if padding is None or "pad_token" in config else padding, added)
+    with _refusing(paths[1]):
+        _refuse_unserved(config, tokenizer.model)
+        named += _named(config, added)
+        tokenizer.encode_special_tokens = boolean(config, "split_special_tokens")
+    with _refusing(paths[2]):
+        named += _named(special, added, tokens_alone=True)
+    with _refusing(paths[3]):
+        for content, index in ids.items():
+            _check_same("id", content, index, _find("it", content, added)[0])
+    where = "added_tokens" if config.get(_DECODER) is None else _DECODER
+    with _refusing(path if config.get(_DECODER) is None else paths[1]):
+        listed = _listed(config, tokenizer_json)
+        for index, token in listed.items():
+            read_index, read = _find(where, token.content, added)
+            _check_same("id", token.content, index, read_index)
+            for flag in _FLAGS:
+                _check_same(flag, token.content, getattr(token, flag), getattr(read, flag))
+    with _refusing(paths[0] if config.get("tokenizer_class") is None else paths[1]):
+        is_qwen2 = is_rebuilt(config, model_config, tokenizer_json)
+    if is_qwen2:
+        # Where there is a list of added tokens, special_tokens_map.json has no effect.
+        keys = config if _DECODER in config else {**special, **config}
+        with _refusing(path):
+            check_rebuilt(tokenizer, listed, named, keys)
 
 
-def _check_token(
-    path: Path, key: str, token: Any, added: Mapping[str, tokenizers.AddedToken]
-) -> None:
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not served: {error}") from None
+
+
+def _refuse_random(model: models.Model) -> None:
+    for key in ("dropout", "alpha", "nbest_size"):  # of BPE, and of Unigram
+        if value := getattr(model, key, None):
+            raise ValueError(f"with model.{key} {shown(value)} a text has other ids each time")
+
+
+def _refuse_unserved(config: Mapping[str, Any], model: models.Model) -> None:
+    """Raise ValueError where tokenizer_config.json has keys that need more than is done here."""
+    code = config.get("auto_map")
+    if isinstance(code, dict):
+        code = code.get("AutoTokenizer")
+    if code is not None:
+        raise ValueError(f"its auto_map names code of its own, {shown(code)}")
+    for key in _NOT_SERVED:
+        if config.get(key):
+            raise ValueError(f"it has {key} {shown(config[key])}")
+    is_bpe = isinstance(model, models.BPE)
+    if config.get(_CLEAN_UP) and (not is_bpe or config.get(_CLEAN_UP_BPE)):
+        key = _CLEAN_UP_BPE if is_bpe else _CLEAN_UP
+        raise ValueError(f"it has {key} {shown(config[key])}")
+
+
+def _named(config: Mapping[str, Any], added: _Added, *, tokens_alone: bool = False) -> list[str]:
+    """The texts of all tokens that have a role in `config`; ValueError where it has others.
+
+    Each is the text alone or an object with its `content`. With `tokens_alone`, nothing else may
+    be there.
+    """
+    found: list[str] = []
+    for key, value in config.items():
+        if key in _LISTS:
+            tokens = list(value.values()) if isinstance(value, dict) else value or []
+            found += [
+                _special(key, token, added)
+                for token in (tokens if isinstance(tokens, list) else [tokens])
+            ]
+        elif key in _SINGLE and value is None:
+            continue
+        elif key in _SINGLE or (
+            key.endswith("_token") and key not in _SWITCHES and isinstance(value, str | dict)
+        ):
+            found.append(_special(key, value, added))
+        elif tokens_alone:
+            raise ValueError(f"it has the key {shown(key)}, which names no token")
+    return found
+
+
+def _special(key: str, token: Any, added: _Added) -> str:
     content = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(content, str) or content not in added:
-        raise CheckpointError(
-            f"{path} names the token {shown(content)}, which is not among the added tokens of "
+    if not isinstance(content, str) or content not in added or not added[content][1].special:
+        raise ValueError(
+            f"{key} names the token {shown(content)}, which is not among the special added tokens "
+            "of tokenizer.json"
+        )
+    return content
+
+
+def _find(where: str, content: str, added: _Added) -> tuple[int, AddedToken]:
+    if content not in added:
+        raise ValueError(
+            f"{where} lists the token {shown(content)}, which is not among the added tokens of "
             "tokenizer.json"
         )
-    if key != _DECODER or not isinstance(token, dict):
-        return
-    # Elsewhere, flags of a token that is there already have no effect.
-    for flag in _FLAGS & token.keys():
-        if token[flag] != getattr(added[content], flag):
-            raise CheckpointError(
-                f"{path} and tokenizer.json disagree: {flag} of the token {shown(content)}"
-            )
+    return added[content]
+
+
+def _listed(config: Mapping[str, Any], tokenizer_json: bytes) -> dict[int, AddedToken]:
+    """The added tokens by id: those of tokenizer_config.json, else of tokenizer.json."""
+    if config.get(_DECODER) is None:
+        tokens = json.loads(tokenizer_json).get("added_tokens") or []
+        return {token["id"]: _added_token(token) for token in tokens}
+    tokens = table(config, _DECODER)
+    for index in tokens:
+        if not index.isdecimal():
+            raise ValueError(f"{_DECODER} has {shown(index)} for an id")
+    return {int(index): _added_token(token) for index, token in tokens.items()}
+
+
+def _added_token(fields: Any) -> AddedToken:
+    if not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
+        raise ValueError(f"{_DECODER} has {shown(fields)} for a token")
+    flags = {flag: boolean(fields, flag) for flag in _FLAGS if flag in fields}
+    return AddedToken(fields["content"], **flags)
+
+
+def _check_same(key: str, token: str, value: Any, read: Any) -> None:
+    if value != read:
+        raise ValueError(
+            f"it says that {key} of the token {shown(token)} is {shown(value)}, and what is read "
+            f"from tokenizer.json that it is {shown(read)}"
+        )

@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from janus_server.endpoint.tokenizer import MAX_WAITING_CHARS, Detokenizer, Tokenizer
 from janus_server.errors import CheckpointError, InvalidRequestError, OverloadedError
+from tests.fakes.checkpoints import save_tokenizer
 
 TEXT = """Der Löwe 🦁 trifft 東京 und 👩‍👩‍👧‍👦; naïve café — “quoted”.
     def f(x):\n\treturn x ** 2  # ∀x∈∅
@@ -63,8 +64,7 @@ def any_length(length: int) -> None:
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Iterator[Tokenizer]:
-    BYTE_LEVEL.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer(save_tokenizer(tmp_path, BYTE_LEVEL))
     yield tokenizer
     tokenizer.close()
 
@@ -100,8 +100,7 @@ def test_short_texts_do_not_wait_for_long_ones(tokenizer: Tokenizer) -> None:
 
 
 def test_a_text_that_waits_for_too_long(tmp_path: Path) -> None:
-    BYTE_LEVEL.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer(tmp_path / "tokenizer.json", timeout_s=0.01)
+    tokenizer = Tokenizer(save_tokenizer(tmp_path, BYTE_LEVEL), timeout_s=0.01)
     given_up = threading.Event()
 
     def wait(length: int) -> None:

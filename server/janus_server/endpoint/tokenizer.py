@@ -35,7 +35,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> "Tokenizer | None":
 def check_tokenizer(checkpoint: Checkpoint) -> None:
     """Refuse a model folder whose tokenizer cannot be used; raises CheckpointError.
 
-    Reads all of it, which takes under half a second with the largest vocabularies.
+    Reads all of it, which takes under a second with the largest vocabularies.
     """
     path = checkpoint.path / _FILE
     if not is_there(path):
@@ -143,8 +143,8 @@ class Detokenizer:
     def _emit(self, *, finish: bool) -> str:
         if not self._unfinished:
             return ""
-        before = self._tokenizer.decode(self._context)
-        text = self._tokenizer.decode(self._context + self._unfinished)
+        before = self._decode(self._context)
+        text = self._decode(self._context + self._unfinished)
         is_whole = len(text) > len(before) and not text.endswith("\ufffd")
         if not (is_whole or finish or len(self._unfinished) > _MAX_UNFINISHED):
             return ""
@@ -152,3 +152,13 @@ class Detokenizer:
             self._context = self._unfinished
         self._unfinished = []
         return text[len(before) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        try:
+            text: str = self._tokenizer.decode(token_ids)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a panic of the library is no Exception
+            logger.exception("the tokenizer failed at %d token ids", len(token_ids))
+            raise RequestFailedError("the tokenizer failed at the text") from None
+        return text

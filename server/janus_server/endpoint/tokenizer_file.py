@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from janus_server.endpoint.tokenizer_class import check_rebuilt, is_rebuilt
+from janus_server.endpoint.tokenizer_parts import refuse_unreadable, refuse_unserved_parts
 from janus_server.errors import CheckpointError
 from janus_server.input_file import is_there, read_file
 from janus_server.model.config_json import boolean, read_object, shown, table
@@ -39,6 +40,8 @@ _Added = Mapping[str, tuple[int, AddedToken]]
 def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer at `path`; raises CheckpointError."""
     content = read_file(path, CheckpointError, max_bytes=_MAX_BYTES)
+    with _refusing(path):
+        refuse_unreadable(content)
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except (KeyboardInterrupt, SystemExit):
@@ -62,7 +65,7 @@ def _check_folder(path: Path, tokenizer_json: bytes, tokenizer: tokenizers.Token
     tokens = tokenizer.get_added_tokens_decoder()
     added = {token.content: (index, token) for index, token in tokens.items()}
     with _refusing(path):
-        _refuse_random(tokenizer.model)
+        refuse_unserved_parts(tokenizer)
         padding = tokenizer.padding
         named = _named({} if padding is None or "pad_token" in config else padding, added)
     with _refusing(paths[1]):
@@ -97,12 +100,6 @@ def _refusing(path: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise CheckpointError(f"{path} is not served: {error}") from None
-
-
-def _refuse_random(model: models.Model) -> None:
-    for key in ("dropout", "alpha", "nbest_size"):  # of BPE, and of Unigram
-        if value := getattr(model, key, None):
-            raise ValueError(f"with model.{key} {shown(value)} a text has other ids each time")
 
 
 def _refuse_unserved(config: Mapping[str, Any], model: models.Model) -> None:

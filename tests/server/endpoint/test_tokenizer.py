@@ -10,7 +10,12 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from janus_server.endpoint.tokenizer import MAX_WAITING_CHARS, Detokenizer, Tokenizer
-from janus_server.errors import CheckpointError, InvalidRequestError, OverloadedError
+from janus_server.errors import (
+    CheckpointError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestFailedError,
+)
 from tests.fakes.checkpoints import save_tokenizer
 
 TEXT = """Der Löwe 🦁 trifft 東京 und 👩‍👩‍👧‍👦; naïve café — “quoted”.
@@ -200,6 +205,13 @@ def test_a_whole_delta_at_once(tokenizer: Tokenizer) -> None:
     detokenizer = tokenizer.detokenizer()
     assert detokenizer.feed(BYTE_LEVEL.encode(TEXT).ids) == TEXT
     assert detokenizer.finish() == ""
+
+
+def test_a_panic_of_the_library_fails_the_request() -> None:
+    library = Library(models.BPE({"a": 0}, merges=[]))
+    library.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip("a", 0, 9)])
+    with pytest.raises(RequestFailedError, match="the tokenizer failed at the text"):
+        Detokenizer(library).feed([0])
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe", b'{"model": 3}'])

@@ -235,6 +235,8 @@ def test_every_class(folder: Path, name: str, changes: dict[str, Any]) -> None:
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 DECODER = BYTE_LEVEL | {"trim_offsets": True}
 SPLIT, TO_BYTES = TRAINED["pre_tokenizer"]["pretokenizers"]
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+CUT = {"type": "Replace", "pattern": {"String": "ha"}, "content": "0"}
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
 OTHER_PARTS: list[tuple[str, Any]] = [
     *(("normalizer", part) for part in (None, {"type": "NFKC"}, {"type": "Lowercase"})),
@@ -251,8 +253,13 @@ OTHER_PARTS: list[tuple[str, Any]] = [
     ("pre_tokenizer.pretokenizers", [SPLIT, TO_BYTES | {"use_regex": True}]),
     *(("decoder", part) for part in (None, {"type": "Fuse"}, METASPACE)),
     ("decoder", {"type": "Sequence", "decoders": [DECODER, {"type": "Fuse"}]}),
+    ("decoder", {"type": "BPEDecoder", "suffix": "e"}),
+    ("decoder", {"type": "Sequence", "decoders": [{"type": "Fuse"}, STRIP | {"stop": 1}]}),
+    ("decoder", {"type": "Sequence", "decoders": [DECODER, CUT]}),
+    ("decoder", {"type": "Sequence", "decoders": [CUT, {"type": "Fuse"}, STRIP]}),
     ("model.dropout", 0.5),
     ("model.unk_token", "a"),
+    ("model.continuing_subword_prefix", "a"),
     ("model.end_of_word_suffix", "a"),
     ("model.fuse_unk", True),
     ("model.byte_fallback", True),

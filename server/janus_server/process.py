@@ -112,9 +112,10 @@ def check_surroundings() -> None:
         )
 
 
-def announce(address: str) -> None:
+def announce(address: str, config: ProcessConfig) -> None:
     """Tell the parent, by one line on standard output, the HOST:PORT that was really bound."""
-    say(f"{_ANNOUNCEMENT}{address}")
+    # A parent that reads no more has ended, and the lifeline says so.
+    say(f"{_ANNOUNCEMENT}{address}", unread=logging.DEBUG if config.lifeline else logging.WARNING)
 
 
 def announced_address(line: str) -> str | None:

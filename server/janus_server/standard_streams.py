@@ -22,14 +22,17 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
-def say(line: str) -> None:
-    """Write one line to standard output; where it cannot be written, log it and go on."""
+def say(line: str, *, unread: int = logging.WARNING) -> None:
+    """Write one line to standard output; where it cannot be written, log it and go on.
+
+    `unread` is the level of that.
+    """
     try:
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
     except OSError as error:
         _drop_output()
-        logger.warning("%s (standard output cannot be written: %s)", line, error.strerror)
+        logger.log(unread, "%s (standard output cannot be written: %s)", line, error.strerror)
 
 
 def end_output() -> None:

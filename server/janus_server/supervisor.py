@@ -153,6 +153,7 @@ class Supervisor:
             sys.executable,
             "-P",  # a module in the working directory must not shadow ours
             "-m",
+            "janus_server.child",
             module,
             *argv,
             stdin=PIPE,

@@ -1,4 +1,4 @@
-"""Processes started by hand, on one machine and on two, that find each other by their addresses."""
+"""Processes started by hand, on one machine and on two: they find each other, and say who left."""
 
 import contextlib
 import os
@@ -7,13 +7,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import grpc
 import pytest
 
+from janus_proto.v1.inference_pb2_grpc import InferenceServiceStub
 from janus_server.addresses import check_can_listen, split_address
 from janus_server.errors import ConfigError
 from janus_server.process import announced_address
 from tests.conftest import CheckpointFactory
-from tests.fakes.serving import JANUS, START_S, STOP_S
+from tests.fakes.serving import JANUS, START_S, STOP_S, request
 
 pytestmark = pytest.mark.e2e
 
@@ -107,6 +109,28 @@ def test_one_machine(hosts: Hosts, listen: str, dialled: str) -> None:
     endpoint = hosts.start("endpoint", "--controller", controller, "--listen", listen)
     assert generates(hosts.address_of(endpoint, dialled))
     assert "ERROR" not in hosts.end()
+
+
+def test_an_expert_worker_that_is_told_to_stop_ends_the_epoch_by_name(hosts: Hosts) -> None:
+    pools = ("--expert-workers", "2")
+    controller = hosts.address_of(hosts.start("controller", "--listen", "127.0.0.1:0", *pools))
+    experts = [hosts.start("experts", "--controller", controller) for _ in range(2)]
+    hosts.start("attention", "--controller", controller, "--listen", "127.0.0.1:0")
+    endpoint = hosts.start("endpoint", "--controller", controller, "--listen", "127.0.0.1:0")
+    address = hosts.address_of(endpoint)
+    assert generates(address)
+    call = InferenceServiceStub(grpc.insecure_channel(address)).Generate(request([1, 2], 900))
+    next(call)
+    experts[0].terminate()
+    statuses = sorted(expert.wait(STOP_S) for expert in experts)
+    assert statuses == [0, 1]
+    with pytest.raises(grpc.RpcError, match="attention worker attention-0 was lost"):
+        list(call)
+    assert "did not end" not in (log := hosts.end())
+    assert log.count(" left the epoch: it was told to stop") == 2  # says who stays
+    assert (
+        log.count(f"(pid {experts[0].pid}) left: it was told to stop") == 1
+    )  # says the controller
 
 
 @contextlib.contextmanager

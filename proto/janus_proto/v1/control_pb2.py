@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cjanus_proto/v1/control.proto\x12\x08janus.v1\"\xf8\x01\n\x0fRegisterRequest\x12\"\n\x04role\x18\x01 \x01(\x0e\x32\x14.janus.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x33\n\x10\x61\x63tivation_costs\x18\x05 \x01(\x0b\x32\x19.janus.v1.ActivationCosts\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12*\n\x07\x63ompute\x18\x07 \x01(\x0b\x32\x19.janus.v1.ComputeIdentity\x12\x18\n\x10max_batch_tokens\x18\x08 \x01(\r\"\xe0\x01\n\x0f\x43omputeIdentity\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x16\n\x0e\x63pu_capability\x18\x02 \x01(\t\x12\x14\n\x0c\x63pu_features\x18\x03 \x03(\t\x12\x12\n\nhas_onednn\x18\x04 \x01(\x08\x12\x0f\n\x07threads\x18\x05 \x01(\r\x12\x39\n\x08versions\x18\x06 \x03(\x0b\x32\'.janus.v1.ComputeIdentity.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"5\n\x0f\x41\x63tivationCosts\x12\x11\n\texpert_ps\x18\x01 \x01(\x04\x12\x0f\n\x07pair_ps\x18\x02 \x01(\x04\"F\n\nScheduling\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12(\n\x05\x63osts\x18\x02 \x01(\x0b\x32\x19.janus.v1.ActivationCosts\"X\n\x10RegisterResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1c\n\x14heartbeat_interval_s\x18\x02 \x01(\x01\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"z\n\x10HeartbeatRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bready_epoch\x18\x02 \x01(\x04\x12)\n\x0b\x65xpert_load\x18\x03 \x01(\x0b\x32\x14.janus.v1.ExpertLoad\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\"\x13\n\x11HeartbeatResponse\"\x82\x01\n\nExpertLoad\x12\x17\n\x0fnum_layer_steps\x18\x01 \x01(\x04\x12\x1d\n\x15num_activated_experts\x18\x02 \x01(\x04\x12\x17\n\x0fnum_token_pairs\x18\x03 \x01(\x04\x12#\n\x06layers\x18\x04 \x03(\x0b\x32\x13.janus.v1.LayerLoad\"v\n\tLayerLoad\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x11\n\tnum_steps\x18\x02 \x01(\x04\x12\x11\n\tsum_a_max\x18\x03 \x01(\x04\x12\x1d\n\x15num_activated_experts\x18\x04 \x01(\x04\x12\x15\n\rexpert_tokens\x18\x05 \x03(\x04\"\x94\x01\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\x04role\x18\x02 \x01(\x0e\x32\x14.janus.v1.WorkerRole\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\r\n\x05ready\x18\x06 \x01(\x08\x12\x18\n\x10max_batch_tokens\x18\x07 \x01(\r\"5\n\x0eLayerPlacement\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x14\n\x0cslot_experts\x18\x02 \x03(\x05\"d\n\tPlacement\x12\x13\n\x0bnum_workers\x18\x01 \x01(\r\x12\x18\n\x10slots_per_worker\x18\x02 \x01(\r\x12(\n\x06layers\x18\x03 \x03(\x0b\x32\x18.janus.v1.LayerPlacement\"\xed\x01\n\x05\x45poch\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12+\n\x11\x61ttention_workers\x18\x02 \x03(\x0b\x32\x10.janus.v1.Worker\x12(\n\x0e\x65xpert_workers\x18\x03 \x03(\x0b\x32\x10.janus.v1.Worker\x12&\n\tplacement\x18\x04 \x01(\x0b\x32\x13.janus.v1.Placement\x12\x15\n\rstore_address\x18\x05 \x01(\t\x12\x14\n\x0cstore_prefix\x18\x06 \x01(\t\x12(\n\nscheduling\x18\x07 \x01(\x0b\x32\x14.janus.v1.Scheduling\"\x14\n\x12WatchEpochsRequest\"s\n\x13WatchEpochsResponse\x12\x1e\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x0f.janus.v1.Epoch\x12!\n\x07workers\x18\x02 \x03(\x0b\x32\x10.janus.v1.Worker\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\"\x17\n\x15GetExpertLoadsRequest\"I\n\x10WorkerExpertLoad\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.janus.v1.ExpertLoad\"r\n\x16GetExpertLoadsResponse\x12)\n\x05loads\x18\x01 \x03(\x0b\x32\x1a.janus.v1.WorkerExpertLoad\x12-\n\rrecent_tokens\x18\x02 \x03(\x0b\x32\x16.janus.v1.RecentTokens\"I\n\x0cRecentTokens\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x15\n\rexpert_tokens\x18\x02 \x03(\x01\x12\x13\n\x0bhalf_life_s\x18\x03 \x01(\x01*\\\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_ROLE_ATTENTION\x10\x01\x12\x16\n\x12WORKER_ROLE_EXPERT\x10\x02\x32\xbc\x02\n\x0e\x43ontrolService\x12\x41\n\x08Register\x12\x19.janus.v1.RegisterRequest\x1a\x1a.janus.v1.RegisterResponse\x12\x44\n\tHeartbeat\x12\x1a.janus.v1.HeartbeatRequest\x1a\x1b.janus.v1.HeartbeatResponse\x12L\n\x0bWatchEpochs\x12\x1c.janus.v1.WatchEpochsRequest\x1a\x1d.janus.v1.WatchEpochsResponse0\x01\x12S\n\x0eGetExpertLoads\x12\x1f.janus.v1.GetExpertLoadsRequest\x1a .janus.v1.GetExpertLoadsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cjanus_proto/v1/control.proto\x12\x08janus.v1\"\xf8\x01\n\x0fRegisterRequest\x12\"\n\x04role\x18\x01 \x01(\x0e\x32\x14.janus.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x33\n\x10\x61\x63tivation_costs\x18\x05 \x01(\x0b\x32\x19.janus.v1.ActivationCosts\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12*\n\x07\x63ompute\x18\x07 \x01(\x0b\x32\x19.janus.v1.ComputeIdentity\x12\x18\n\x10max_batch_tokens\x18\x08 \x01(\r\"\xe0\x01\n\x0f\x43omputeIdentity\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x16\n\x0e\x63pu_capability\x18\x02 \x01(\t\x12\x14\n\x0c\x63pu_features\x18\x03 \x03(\t\x12\x12\n\nhas_onednn\x18\x04 \x01(\x08\x12\x0f\n\x07threads\x18\x05 \x01(\r\x12\x39\n\x08versions\x18\x06 \x03(\x0b\x32\'.janus.v1.ComputeIdentity.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"5\n\x0f\x41\x63tivationCosts\x12\x11\n\texpert_ps\x18\x01 \x01(\x04\x12\x0f\n\x07pair_ps\x18\x02 \x01(\x04\"F\n\nScheduling\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12(\n\x05\x63osts\x18\x02 \x01(\x0b\x32\x19.janus.v1.ActivationCosts\"X\n\x10RegisterResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1c\n\x14heartbeat_interval_s\x18\x02 \x01(\x01\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"\x8b\x01\n\x10HeartbeatRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bready_epoch\x18\x02 \x01(\x04\x12)\n\x0b\x65xpert_load\x18\x03 \x01(\x0b\x32\x14.janus.v1.ExpertLoad\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\"!\n\x11HeartbeatResponse\x12\x0c\n\x04left\x18\x01 \x01(\t\"\x82\x01\n\nExpertLoad\x12\x17\n\x0fnum_layer_steps\x18\x01 \x01(\x04\x12\x1d\n\x15num_activated_experts\x18\x02 \x01(\x04\x12\x17\n\x0fnum_token_pairs\x18\x03 \x01(\x04\x12#\n\x06layers\x18\x04 \x03(\x0b\x32\x13.janus.v1.LayerLoad\"v\n\tLayerLoad\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x11\n\tnum_steps\x18\x02 \x01(\x04\x12\x11\n\tsum_a_max\x18\x03 \x01(\x04\x12\x1d\n\x15num_activated_experts\x18\x04 \x01(\x04\x12\x15\n\rexpert_tokens\x18\x05 \x03(\x04\"\x94\x01\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\x04role\x18\x02 \x01(\x0e\x32\x14.janus.v1.WorkerRole\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\r\n\x05ready\x18\x06 \x01(\x08\x12\x18\n\x10max_batch_tokens\x18\x07 \x01(\r\"5\n\x0eLayerPlacement\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x14\n\x0cslot_experts\x18\x02 \x03(\x05\"d\n\tPlacement\x12\x13\n\x0bnum_workers\x18\x01 \x01(\r\x12\x18\n\x10slots_per_worker\x18\x02 \x01(\r\x12(\n\x06layers\x18\x03 \x03(\x0b\x32\x18.janus.v1.LayerPlacement\"\xed\x01\n\x05\x45poch\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12+\n\x11\x61ttention_workers\x18\x02 \x03(\x0b\x32\x10.janus.v1.Worker\x12(\n\x0e\x65xpert_workers\x18\x03 \x03(\x0b\x32\x10.janus.v1.Worker\x12&\n\tplacement\x18\x04 \x01(\x0b\x32\x13.janus.v1.Placement\x12\x15\n\rstore_address\x18\x05 \x01(\t\x12\x14\n\x0cstore_prefix\x18\x06 \x01(\t\x12(\n\nscheduling\x18\x07 \x01(\x0b\x32\x14.janus.v1.Scheduling\"\x14\n\x12WatchEpochsRequest\"s\n\x13WatchEpochsResponse\x12\x1e\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x0f.janus.v1.Epoch\x12!\n\x07workers\x18\x02 \x03(\x0b\x32\x10.janus.v1.Worker\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\"\x17\n\x15GetExpertLoadsRequest\"I\n\x10WorkerExpertLoad\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.janus.v1.ExpertLoad\"r\n\x16GetExpertLoadsResponse\x12)\n\x05loads\x18\x01 \x03(\x0b\x32\x1a.janus.v1.WorkerExpertLoad\x12-\n\rrecent_tokens\x18\x02 \x03(\x0b\x32\x16.janus.v1.RecentTokens\"I\n\x0cRecentTokens\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x15\n\rexpert_tokens\x18\x02 \x03(\x01\x12\x13\n\x0bhalf_life_s\x18\x03 \x01(\x01*\\\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_ROLE_ATTENTION\x10\x01\x12\x16\n\x12WORKER_ROLE_EXPERT\x10\x02\x32\xbc\x02\n\x0e\x43ontrolService\x12\x41\n\x08Register\x12\x19.janus.v1.RegisterRequest\x1a\x1a.janus.v1.RegisterResponse\x12\x44\n\tHeartbeat\x12\x1a.janus.v1.HeartbeatRequest\x1a\x1b.janus.v1.HeartbeatResponse\x12L\n\x0bWatchEpochs\x12\x1c.janus.v1.WatchEpochsRequest\x1a\x1d.janus.v1.WatchEpochsResponse0\x01\x12S\n\x0eGetExpertLoads\x12\x1f.janus.v1.GetExpertLoadsRequest\x1a .janus.v1.GetExpertLoadsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_COMPUTEIDENTITY_VERSIONSENTRY']._loaded_options = None
   _globals['_COMPUTEIDENTITY_VERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_WORKERROLE']._serialized_start=2113
-  _globals['_WORKERROLE']._serialized_end=2205
+  _globals['_WORKERROLE']._serialized_start=2145
+  _globals['_WORKERROLE']._serialized_end=2237
   _globals['_REGISTERREQUEST']._serialized_start=43
   _globals['_REGISTERREQUEST']._serialized_end=291
   _globals['_COMPUTEIDENTITY']._serialized_start=294
@@ -47,34 +47,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCHEDULING']._serialized_end=645
   _globals['_REGISTERRESPONSE']._serialized_start=647
   _globals['_REGISTERRESPONSE']._serialized_end=735
-  _globals['_HEARTBEATREQUEST']._serialized_start=737
-  _globals['_HEARTBEATREQUEST']._serialized_end=859
-  _globals['_HEARTBEATRESPONSE']._serialized_start=861
-  _globals['_HEARTBEATRESPONSE']._serialized_end=880
-  _globals['_EXPERTLOAD']._serialized_start=883
-  _globals['_EXPERTLOAD']._serialized_end=1013
-  _globals['_LAYERLOAD']._serialized_start=1015
-  _globals['_LAYERLOAD']._serialized_end=1133
-  _globals['_WORKER']._serialized_start=1136
-  _globals['_WORKER']._serialized_end=1284
-  _globals['_LAYERPLACEMENT']._serialized_start=1286
-  _globals['_LAYERPLACEMENT']._serialized_end=1339
-  _globals['_PLACEMENT']._serialized_start=1341
-  _globals['_PLACEMENT']._serialized_end=1441
-  _globals['_EPOCH']._serialized_start=1444
-  _globals['_EPOCH']._serialized_end=1681
-  _globals['_WATCHEPOCHSREQUEST']._serialized_start=1683
-  _globals['_WATCHEPOCHSREQUEST']._serialized_end=1703
-  _globals['_WATCHEPOCHSRESPONSE']._serialized_start=1705
-  _globals['_WATCHEPOCHSRESPONSE']._serialized_end=1820
-  _globals['_GETEXPERTLOADSREQUEST']._serialized_start=1822
-  _globals['_GETEXPERTLOADSREQUEST']._serialized_end=1845
-  _globals['_WORKEREXPERTLOAD']._serialized_start=1847
-  _globals['_WORKEREXPERTLOAD']._serialized_end=1920
-  _globals['_GETEXPERTLOADSRESPONSE']._serialized_start=1922
-  _globals['_GETEXPERTLOADSRESPONSE']._serialized_end=2036
-  _globals['_RECENTTOKENS']._serialized_start=2038
-  _globals['_RECENTTOKENS']._serialized_end=2111
-  _globals['_CONTROLSERVICE']._serialized_start=2208
-  _globals['_CONTROLSERVICE']._serialized_end=2524
+  _globals['_HEARTBEATREQUEST']._serialized_start=738
+  _globals['_HEARTBEATREQUEST']._serialized_end=877
+  _globals['_HEARTBEATRESPONSE']._serialized_start=879
+  _globals['_HEARTBEATRESPONSE']._serialized_end=912
+  _globals['_EXPERTLOAD']._serialized_start=915
+  _globals['_EXPERTLOAD']._serialized_end=1045
+  _globals['_LAYERLOAD']._serialized_start=1047
+  _globals['_LAYERLOAD']._serialized_end=1165
+  _globals['_WORKER']._serialized_start=1168
+  _globals['_WORKER']._serialized_end=1316
+  _globals['_LAYERPLACEMENT']._serialized_start=1318
+  _globals['_LAYERPLACEMENT']._serialized_end=1371
+  _globals['_PLACEMENT']._serialized_start=1373
+  _globals['_PLACEMENT']._serialized_end=1473
+  _globals['_EPOCH']._serialized_start=1476
+  _globals['_EPOCH']._serialized_end=1713
+  _globals['_WATCHEPOCHSREQUEST']._serialized_start=1715
+  _globals['_WATCHEPOCHSREQUEST']._serialized_end=1735
+  _globals['_WATCHEPOCHSRESPONSE']._serialized_start=1737
+  _globals['_WATCHEPOCHSRESPONSE']._serialized_end=1852
+  _globals['_GETEXPERTLOADSREQUEST']._serialized_start=1854
+  _globals['_GETEXPERTLOADSREQUEST']._serialized_end=1877
+  _globals['_WORKEREXPERTLOAD']._serialized_start=1879
+  _globals['_WORKEREXPERTLOAD']._serialized_end=1952
+  _globals['_GETEXPERTLOADSRESPONSE']._serialized_start=1954
+  _globals['_GETEXPERTLOADSRESPONSE']._serialized_end=2068
+  _globals['_RECENTTOKENS']._serialized_start=2070
+  _globals['_RECENTTOKENS']._serialized_end=2143
+  _globals['_CONTROLSERVICE']._serialized_start=2240
+  _globals['_CONTROLSERVICE']._serialized_end=2556
 # @@protoc_insertion_point(module_scope)

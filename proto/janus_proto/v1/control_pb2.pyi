@@ -238,11 +238,14 @@ class HeartbeatRequest(_message.Message):
     READY_EPOCH_FIELD_NUMBER: _builtins.int
     EXPERT_LOAD_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     ready_epoch: _builtins.int
     """Number of the epoch the worker is ready to serve; 0: none yet."""
     incarnation: _builtins.str
     """As the controller gave it. NOT_FOUND: the id is that of another registration."""
+    leaving: _builtins.bool
+    """The worker was told to stop: this is its last heartbeat."""
     @_builtins.property
     def expert_load(self) -> Global___ExpertLoad:
         """Of an expert worker; unset if it could not be read in time."""
@@ -254,10 +257,11 @@ class HeartbeatRequest(_message.Message):
         ready_epoch: _builtins.int = ...,
         expert_load: Global___ExpertLoad | None = ...,
         incarnation: _builtins.str = ...,
+        leaving: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expert_load", b"expert_load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_load", b"expert_load", "incarnation", b"incarnation", "ready_epoch", b"ready_epoch", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_load", b"expert_load", "incarnation", b"incarnation", "leaving", b"leaving", "ready_epoch", b"ready_epoch", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -267,12 +271,17 @@ Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
 class HeartbeatResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    LEFT_FIELD_NUMBER: _builtins.int
+    left: _builtins.str
+    """An expert worker that left the epoch of this worker, which cannot go on; empty: none did."""
     def __init__(
         self,
+        *,
+        left: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left", b"left"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

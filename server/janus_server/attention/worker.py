@@ -101,7 +101,7 @@ async def serve(
         config.listen,
         secret,
     )
-    announce(server.address)
+    announce(server.address, config.process)
     address = join_address(
         host or own_address_towards(config.controller), split_address(server.address)[1]
     )
@@ -110,6 +110,7 @@ async def serve(
             _serve_epoch(config, checkpoint, service, control, address, join),
             stop=stop,
             control=control,
+            has_parent=config.process.lifeline,
         )
     finally:
         service.close()

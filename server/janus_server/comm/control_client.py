@@ -1,7 +1,8 @@
 """A process's side of the control service: registration, heartbeats, epochs.
 
 Registered workers send a heartbeat an interval, and at once when their readiness changes. When the
-controller has not answered for `LOST_AFTER_INTERVALS` of them, `lost` is set and stays so.
+controller has not answered for `LOST_AFTER_INTERVALS` of them, or has answered that the epoch
+cannot go on, `lost` is set and stays so.
 """
 
 import asyncio
@@ -53,6 +54,8 @@ _REFUSALS = (
 )
 """Answers to a registration that will not change."""
 
+_LEAVE_TIMEOUT_S = 1.0
+
 _LOAD_DEADLINE_S = 0.5
 """How long a heartbeat waits for the load that it reports, in seconds."""
 
@@ -68,7 +71,7 @@ class ControlClient:
     """What each call to a process of this cluster carries."""
 
     lost: asyncio.Event
-    """Set once the controller stays silent or no longer knows this worker."""
+    """Set once the controller stays silent, no longer knows this worker, or ends its epoch."""
 
     loss: str
     """Why it is lost, in a sentence."""
@@ -179,12 +182,28 @@ class ControlClient:
             logger.warning("following the epochs anew: %s", reason)
             await asyncio.sleep(_RECONNECT_S)
 
+    async def leave(self) -> None:
+        """End the heartbeats, and tell the controller that this worker was told to stop."""
+        if self._heartbeats is None:
+            return
+        await self._end_heartbeats()
+        heartbeat = control_pb2.HeartbeatRequest(
+            worker_id=self._registered.worker_id,
+            incarnation=self._registered.incarnation,
+            leaving=True,
+        )
+        with contextlib.suppress(grpc.aio.AioRpcError):  # it is gone, or will miss this worker
+            await self._stub.Heartbeat(heartbeat, metadata=self.metadata, timeout=_LEAVE_TIMEOUT_S)
+
     async def close(self) -> None:
         """End the heartbeats and the connection."""
+        await self._end_heartbeats()
+        await self._channel.close()
+
+    async def _end_heartbeats(self) -> None:
         if self._heartbeats is not None:
             self._heartbeats.cancel()
             await asyncio.wait([self._heartbeats])
-        await self._channel.close()
 
     async def _send_heartbeats(self, interval_s: float) -> None:
         loop = asyncio.get_running_loop()
@@ -193,10 +212,12 @@ class ControlClient:
             self._wake.clear()
             heartbeat = await self._heartbeat()
             try:
-                await self._stub.Heartbeat(
+                response = await self._stub.Heartbeat(
                     heartbeat, metadata=self.metadata, timeout=_ANSWER_INTERVALS * interval_s
                 )
                 answered_at, num_failures = loop.time(), 0
+                if response.left:
+                    self._lose(f"{response.left} left the epoch: it was told to stop")
             except grpc.aio.AioRpcError as error:
                 num_failures += 1
                 silent_s = loop.time() - answered_at

@@ -8,11 +8,16 @@ from janus_server.errors import PeerLostError
 
 
 async def run_until_stopped(
-    work: Coroutine[None, None, None], *, stop: asyncio.Event, control: ControlClient
+    work: Coroutine[None, None, None],
+    *,
+    stop: asyncio.Event,
+    control: ControlClient,
+    has_parent: bool,
 ) -> None:
     """Run `work` until it ends or `stop` is set, when it is cancelled and may clean up.
 
-    Raises what `work` raises, and PeerLostError when the controller stays silent.
+    A worker without a parent, which would end the others as well, tells them that it leaves.
+    Raises what `work` raises, and PeerLostError when the controller stays silent or ends the epoch.
     """
     tasks = {
         name: asyncio.create_task(coroutine, name=name)
@@ -24,6 +29,8 @@ async def run_until_stopped(
     }
     try:
         await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set() and not has_parent:
+            await control.leave()
     finally:
         for task in tasks.values():
             task.cancel()

@@ -53,7 +53,7 @@ async def main(config: ControllerConfig, stop: asyncio.Event) -> None:
     )
     try:
         server.set_serving(True)
-        process.announce(server.address)
+        process.announce(server.address, config.process)
         while not stop.is_set():
             service.expire()
             with contextlib.suppress(TimeoutError):

@@ -65,6 +65,8 @@ class Member:
     has_beaten: bool = False
     """Whether it has sent a heartbeat."""
     lost: bool = False
+    has_left: bool = False
+    """Whether it said that it was told to stop."""
     ready_epoch: int = 0
     """The epoch it is ready to serve; 0: none."""
 
@@ -162,9 +164,10 @@ class Membership:
         incarnation: str,
         ready_epoch: int,
         now_s: float,
+        leaving: bool = False,
         load: control_pb2.ExpertLoad | None = None,
     ) -> None:
-        """Note that a worker lives, and its load if it says so.
+        """Note that a worker lives, or leaves, and its load if it says so.
 
         Raises UnknownWorkerError, and InvalidRequestError for an epoch that it is no member of.
         """
@@ -179,6 +182,12 @@ class Membership:
         if ready_epoch and not self._is_member(worker_id, ready_epoch):
             raise InvalidRequestError(f"{worker_id} is no member of an epoch {ready_epoch}")
         member.last_heard_s = now_s
+        if leaving:
+            pid = member.registration.pid
+            logger.warning("%s (pid %d) left: it was told to stop", worker_id, pid)
+            member.has_left = member.lost = True
+            self.version += 1
+            return
         if member.lost:
             logger.warning("%s is back", worker_id)
         if not member.has_beaten or member.lost or member.ready_epoch != ready_epoch:
@@ -192,6 +201,14 @@ class Membership:
             experts = self.epoch.expert_workers if self.epoch else ()
             leads = bool(experts) and experts[0] is member
             self.activity.report(worker_id, load, now_s, leads=leads)
+
+    def who_left(self, worker_id: str) -> str:
+        """An expert worker without which this worker's epoch cannot go on; empty: none."""
+        if self.epoch is None or not self._is_member(worker_id):
+            return ""
+        return next(
+            (worker.worker_id for worker in self.epoch.expert_workers if worker.has_left), ""
+        )
 
     def expire(self, now_s: float) -> None:
         """Mark the workers lost that have been silent for longer than LOST_AFTER_S.

@@ -76,13 +76,14 @@ class ControlService(ControlServiceServicer):
                 request.worker_id,
                 incarnation=request.incarnation,
                 ready_epoch=request.ready_epoch,
+                leaving=request.leaving,
                 load=request.expert_load if request.HasField("expert_load") else None,
                 now_s=_now_s(),
             )
         except UnknownWorkerError as error:
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
         self._publish()
-        return control_pb2.HeartbeatResponse()
+        return control_pb2.HeartbeatResponse(left=self._membership.who_left(request.worker_id))
 
     async def WatchEpochs(
         self,

@@ -45,7 +45,7 @@ async def main(config: EndpointConfig, stop: asyncio.Event) -> None:
         config.admission.listen,
         public_limits(config.admission, max_context=max_context),
     )
-    announce(server.address)
+    announce(server.address, config.process)
     try:
         async with asyncio.TaskGroup() as tasks:
             following = tasks.create_task(pool.follow(), name="epochs")

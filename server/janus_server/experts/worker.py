@@ -40,7 +40,10 @@ async def main(config: ExpertConfig, stop: asyncio.Event) -> None:
     control = ControlClient(config.controller, read_secret(config.comm))
     try:
         await run_until_stopped(
-            _serve_epoch(config, checkpoint, control), stop=stop, control=control
+            _serve_epoch(config, checkpoint, control),
+            stop=stop,
+            control=control,
+            has_parent=config.process.lifeline,
         )
     finally:
         await control.close()

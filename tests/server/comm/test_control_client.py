@@ -141,6 +141,20 @@ def test_a_fault_in_the_heartbeats_ends_the_worker_by_name(
     assert "the heartbeats failed" in caplog.messages
 
 
+@pytest.mark.parametrize("is_registered", [True, False])
+def test_leaving_a_controller_that_is_gone_is_no_error(is_registered: bool) -> None:
+    async def check() -> None:
+        server = await start(FakeControlService(heartbeat_interval_s=1000.0))
+        async with client(server.address) as control:
+            if is_registered:
+                await register(control)
+            await server.stop(0)
+            await control.leave()
+            assert not control.lost.is_set()
+
+    asyncio.run(check())
+
+
 def test_a_controller_that_falls_silent_is_lost() -> None:
     async def check() -> None:
         service = FakeControlService(heartbeat_interval_s=0.2)

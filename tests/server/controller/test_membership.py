@@ -147,6 +147,42 @@ def test_a_silent_worker_is_lost_until_it_is_heard_of() -> None:
     assert members.is_ready(member)
 
 
+def leave(members: Membership, worker_id: str) -> None:
+    [own] = [member.incarnation for member in members.members() if member.worker_id == worker_id]
+    members.heartbeat(worker_id, incarnation=own, ready_epoch=0, leaving=True, now_s=0.0)
+
+
+def test_an_expert_worker_that_leaves_is_named_to_its_epoch(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    members = membership(attention=2, experts=2)
+    workers = [join(members, role) for role in (ATTENTION, ATTENTION, EXPERT, EXPERT)]
+    outside = join(members, EXPERT)
+    for worker_id in workers:
+        beat(members, worker_id, ready=1)
+    seen = members.version
+    for leaving in (outside, "attention-1"):  # the epoch goes on without them
+        leave(members, leaving)
+        assert [members.who_left(worker_id) for worker_id in workers] == ["", "", "", ""]
+    leave(members, "expert-1")
+    assert [members.who_left(worker_id) for worker_id in workers] == ["expert-1"] * 4
+    assert members.who_left(outside) == ""
+    assert members.version == seen + 3
+    ready = [member.worker_id for member in members.members() if members.is_ready(member)]
+    assert ready == ["attention-0", "expert-0"]
+    assert "expert-1 (pid 1) left: it was told to stop" in caplog.messages
+    caplog.clear()
+    members.expire(LOST_AFTER_S + 1)
+    assert not [message for message in caplog.messages if "expert-1" in message]
+
+
+def test_a_worker_that_left_forms_no_epoch() -> None:
+    members = membership(attention=1, experts=1)
+    leave(members, join(members, EXPERT))
+    join(members, ATTENTION)
+    assert members.epoch is None
+
+
 def test_lost_workers_form_no_epoch_and_returned_ones_do() -> None:
     members = membership(attention=1, experts=1)
     expert = join(members, EXPERT, now_s=0.0)

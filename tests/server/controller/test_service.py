@@ -82,6 +82,24 @@ def test_workers_meet_in_an_epoch_and_become_ready() -> None:
     asyncio.run(check())
 
 
+def test_who_leaves_is_named_to_the_others() -> None:
+    async def check() -> None:
+        async with (
+            controller() as address,
+            client(address) as attention,
+            client(address) as expert,
+        ):
+            await join(attention, ATTENTION)
+            await join(expert, EXPERT)
+            await wait_for_epoch(attention, timeout_s=30)
+            await expert.leave()
+            await asyncio.wait_for(attention.lost.wait(), 30)
+            assert attention.loss == "expert-0 left the epoch: it was told to stop"
+            assert not expert.lost.is_set()
+
+    asyncio.run(check())
+
+
 def test_without_expert_workers_the_epoch_has_no_placement() -> None:
     async def check() -> None:
         async with controller(experts=0) as address, client(address) as worker:

@@ -115,6 +115,6 @@ def _other_token(
     rebuilt.add_tokens([AddedToken(content, special=True) for content in named])
     ours, theirs = (each.get_added_tokens_decoder() for each in (tokenizer, rebuilt))
     for index in sorted(ours.keys() | theirs.keys()):
-        if repr(ours.get(index)) != repr(theirs.get(index)):  # == looks at the text alone
+        if repr(ours.get(index)) != repr(theirs.get(index)):  # with every flag
             return f"added token {shown((ours.get(index) or theirs[index]).content)}"
     return None

@@ -184,6 +184,6 @@ def _added_token(fields: Any) -> AddedToken:
 def _check_same(key: str, token: str, value: Any, read: Any) -> None:
     if value != read:
         raise ValueError(
-            f"it says that {key} of the token {shown(token)} is {shown(value)}, and what is read "
-            f"from tokenizer.json that it is {shown(read)}"
+            f"its token {shown(token)} has {key} {shown(value)}, and that of tokenizer.json, once "
+            f"read, has {shown(read)}"
         )

@@ -127,7 +127,7 @@ def test_tokens_that_tokenizer_json_does_not_have(
 def test_tokens_that_take_other_text_around_them(folder: Path, flag: str) -> None:
     token = {"content": "<|user|>", **FLAGS, flag: True}
     write(folder, library(), added_tokens_decoder={"280": token})
-    with pytest.raises(CheckpointError, match=f'that {flag} of the token "<.user.>" is'):
+    with pytest.raises(CheckpointError, match=f'its token "<.user.>" has {flag} true, and'):
         read_tokenizer(folder / "tokenizer.json")
 
 

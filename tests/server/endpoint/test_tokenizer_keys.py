@@ -375,3 +375,98 @@ def test_a_part_of_tokenizer_json_that_changes_no_text(
     write(folder, "tokenizer_config.json", CONFIG | {"tokenizer_class": name})
     write_with(folder, path, value)
     assert_served(folder)
+
+
+def flags(content: str) -> dict[str, object]:
+    return {"content": content, **dict.fromkeys(["lstrip", "normalized", "rstrip"], False)}
+
+
+MORE_FILES: dict[str, dict[str, Any]] = {
+    "special_tokens_map.json": {
+        "additional_special_tokens": SPECIAL[1:],
+        "eos_token": flags("<|im_end|>"),
+        "pad_token": flags("<|endoftext|>"),
+    },
+    "added_tokens.json": {token["content"]: token["id"] for token in TRAINED["added_tokens"]},
+    "vocab.json": {"other": 0},
+    "tekken.json": {},
+}
+
+
+@pytest.mark.parametrize("config", [CONFIG, WITHOUT_LIST, {}], ids=["list", "no list", "nothing"])
+def test_the_files_that_checkpoints_have(folder: Path, config: dict[str, Any]) -> None:
+    write(folder, "tokenizer_config.json", config)
+    for name, content in MORE_FILES.items():
+        write(folder, name, content)
+    assert_served(folder)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_transformers_saves(folder: Path, name: str) -> None:
+    write(folder, "tokenizer_config.json", CONFIG | {"tokenizer_class": name})
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    assert_served(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "GPT2Tokenizer"},
+            'its tokenizer_class is "GPT2Tokenizer"; served are TokenizersBackend, Pre',
+        ),
+        (
+            "tokenizer_config.json",
+            {"auto_map": {"AutoTokenizer": ["odd.Odd", None]}},
+            'its auto_map names code of its own, \\["odd.Odd", null\\]',
+        ),
+        (
+            "tokenizer_config.json",
+            {"fast_tokenizer_files": ["tokenizer.4.json"]},
+            'it has fast_tokenizer_files \\["tokenizer.4.json"\\]',
+        ),
+        ("special_tokens_map.json", {"add_eos_token": True}, 'it has the key "add_eos_token"'),
+        ("special_tokens_map.json", {"eos_token": "<think>"}, 'eos_token names the token "<thi'),
+        ("added_tokens.json", {"<think>": 3}, 'its token "<think>" has id 3, and .* has 403$'),
+        ("config.json", {"tokenizer_class": "Odd"}, 'its tokenizer_class is "Odd"; served are'),
+    ],
+)
+def test_what_is_not_served_is_named(
+    folder: Path, name: str, changes: dict[str, Any], sentence: str
+) -> None:
+    path = folder / name
+    write(folder, "tokenizer_config.json", WITHOUT_LIST | {"tokenizer_class": None})
+    write(folder, name, (json.loads(path.read_text()) if path.exists() else {}) | changes)
+    with pytest.raises(CheckpointError, match=f"^{path} is not served: {sentence}"):
+        read_tokenizer(folder / "tokenizer.json")
+
+
+def test_the_space_in_front_must_be_that_of_tokenizer_json(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", CONFIG | {"add_prefix_space": True})
+    sentence = "its pre_tokenizer is not that of the Qwen2Tokenizer with add_prefix_space true that"
+    with pytest.raises(CheckpointError, match=sentence):
+        read_tokenizer(folder / "tokenizer.json")
+    write_with(
+        folder, "pre_tokenizer.pretokenizers", [SPLIT, TO_BYTES | {"add_prefix_space": True}]
+    )
+    assert_served(folder)
+
+
+def test_tokens_that_no_file_names_have_a_default(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", {"unk_token": None, "pad_token": None})
+    write(folder, "tokenizer.json", TRAINED | {"added_tokens": []})
+    with pytest.raises(CheckpointError, match=r'its added token "<.endoftext.>" is not that of'):
+        read_tokenizer(folder / "tokenizer.json")
+    names: dict[str, Any] = {"unk_token": None, "pad_token": None, "eos_token": None}
+    write(folder, "tokenizer_config.json", names)
+    assert_served(folder)
+
+
+def test_a_model_name_that_can_undo_the_class(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", CONFIG | {"tokenizer_class": "TokenizersBackend"})
+    write(folder, "config.json", {"model_type": "qwen3_moe", "model_name": "qwen2"})
+    with pytest.raises(CheckpointError, match='with the model_name "qwen2" of config'):
+        read_tokenizer(folder / "tokenizer.json")
+    write(folder, "config.json", {"model_type": "qwen3_moe", "model_name": "someone/qwen3"})
+    assert_served(folder)

@@ -145,6 +145,23 @@ def test_a_second_signal_to_all_processes_ends_them_at_once(folder: Path) -> Non
             list(call)
 
 
+@pytest.mark.parametrize("is_draining", [True, False])
+def test_a_parent_that_is_killed_leaves_no_process(folder: Path, is_draining: bool) -> None:
+    """As systemd does it where the end takes too long."""
+    with serving(folder, "--expert-workers", "2", "--drain-timeout-s", "600") as server:
+        call = server.stub.Generate(request([1, 2, 3], 900), timeout=60)
+        next(call)
+        family = server.family()
+        if is_draining:
+            signal_all(server, signal.SIGTERM)
+            time.sleep(0.1)
+        server.process.kill()
+        assert psutil.wait_procs(family, timeout=30)[1] == []
+        with pytest.raises(grpc.RpcError):
+            list(call)
+        server.process.communicate()
+
+
 def test_a_signal_to_a_child_is_left_to_the_parent(folder: Path) -> None:
     with serving(folder) as server:
         parent, *children = server.family()

@@ -179,8 +179,9 @@ class ControlClient:
             broken_at = min(broken_at, loop.time())
             if loop.time() - broken_at >= timeout_s:
                 raise UnavailableError(f"the controller at {self.address} failed: {reason}")
-            logger.warning("following the epochs anew: %s", reason)
             await asyncio.sleep(_RECONNECT_S)
+            # Not sooner: where the controller ends as all processes do, this one ends meanwhile.
+            logger.warning("following the epochs anew: %s", reason)
 
     async def leave(self) -> None:
         """End the heartbeats, and tell the controller that this worker was told to stop."""

@@ -111,6 +111,7 @@ def test_no_pickle_and_no_remote_code() -> None:
 
 def test_broad_except_only_where_a_fault_is_contained() -> None:
     allowed = {
+        "bench/janus_bench/routing_traces.py",  # the library's list of errors is open
         "janus_server/attention/engine.py",  # ends the requests of a step
         "janus_server/attention/engine_thread.py",  # ends a request that cannot be taken up
         "janus_server/attention/runner.py",  # walks the experts to the step's end, raises again

@@ -1,6 +1,7 @@
 """Where the tensors of a model folder lie: its index and the headers of its safetensors files."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,16 +25,48 @@ _LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FileVersion:
+    """What tells a file from the one that was there before, without reading it.
+
+    The device does not count, which a network file system changes when it is mounted again; nor
+    does the time of the last change of status, which a chmod or a further hard link sets.
+    """
+
+    inode: int
+    num_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "FileVersion":
+        """The version that has this status."""
+        return cls(inode=status.st_ino, num_bytes=status.st_size, modified_ns=status.st_mtime_ns)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
     """One tensor of a safetensors file, from the file's header."""
 
     path: Path
+    version: FileVersion
+    """Of the file, when the header was read."""
     dtype: str
     """As safetensors spells it: F32, BF16, F16, ..."""
     shape: tuple[int, ...]
     start: int
     """First byte in the file."""
     num_bytes: int
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that is no longer the one whose header was read; raises CheckpointError."""
+        try:
+            version = FileVersion.of(os.stat(self.path))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from None
+        if version != self.version:
+            raise CheckpointError(
+                f"{self.path} was changed or replaced after it was checked, and before all "
+                "its weights were read; start again"
+            )
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -98,7 +131,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     check_regular(path, CheckpointError)
     try:
         # The library that will read the tensors judges whether the file is whole.
-        with path.open("rb") as file, safe_open(path, framework="numpy"):
+        with path.open("rb") as file, safe_open(path, framework="numpy", backend="pread"):
+            version = FileVersion.of(os.fstat(file.fileno()))
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             header: dict[str, Any] = json.loads(file.read(length))
     except OSError as error:
@@ -113,6 +147,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         first, end = entry["data_offsets"]
         tensors[name] = StoredTensor(
             path=path,
+            version=version,
             dtype=entry["dtype"],
             shape=tuple(entry["shape"]),
             start=_LENGTH_BYTES + length + first,

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from janus_server.errors import CheckpointError, ConfigError
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import ModelConfig
+from janus_server.model.stored_tensors import StoredTensor
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -35,7 +36,9 @@ def device_of(config: ModelConfig, index: int) -> torch.device:
 class WeightReader:
     """Reads tensors by name in the serving dtype, each from its place in its shard.
 
-    A context manager: the shards stay mapped, not read, until it is left.
+    The tensors are copies: once this context is left, the files may be replaced. A file that was
+    replaced or written to since the checkpoint was checked is refused, when the first of its
+    tensors is read and again on leaving.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -44,6 +47,8 @@ class WeightReader:
         self.device = device
         self._stack = ExitStack()
         self._open_shards: dict[Path, Any] = {}
+        self._first_read: dict[Path, StoredTensor] = {}
+        """The first tensor that was asked for, of each shard."""
 
     def __enter__(self) -> "WeightReader":
         return self
@@ -56,16 +61,24 @@ class WeightReader:
     ) -> None:
         self._open_shards.clear()
         self._stack.close()
+        # A change also explains an error that there may be.
+        for tensor in self._first_read.values():
+            tensor.check_unchanged()
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, in the dtype and on the device of this reader.
 
         Raises CheckpointError where it cannot be read, or holds values that are no numbers.
         """
-        path = self.checkpoint.tensors[name].path
+        stored = self.checkpoint.tensors[name]
+        path = stored.path
         try:
             if path not in self._open_shards:
-                self._open_shards[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+                stored.check_unchanged()
+                self._first_read[path] = stored
+                # Tensors of a mapped file would change with it.
+                shard = safe_open(path, framework="pt", backend="pread")
+                self._open_shards[path] = self._stack.enter_context(shard)
             tensor: torch.Tensor = self._open_shards[path].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {name} from {path}: {error}") from None

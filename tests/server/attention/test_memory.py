@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,18 +12,7 @@ from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import ModelConfig
 from janus_server.model.weights import WeightReader, dtype_of
 from tests.conftest import CheckpointFactory
-
-
-def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested dataclasses and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for element in value:
-            yield from tensors(element)
-    elif value is not None:
-        for name in value.__dataclass_fields__:
-            yield from tensors(getattr(value, name))
+from tests.fakes.loaded_tensors import tensors_in
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -37,7 +25,7 @@ def test_weights_are_those_that_are_loaded(
     checkpoint = Checkpoint.open(make_checkpoint(**overrides))
     model = ModelConfig(checkpoint=str(checkpoint.path), dtype=dtype)
     with WeightReader(checkpoint, dtype=dtype_of(model), device=torch.device("cpu")) as reader:
-        loaded = sum(tensor.nbytes for tensor in tensors(load_attention_weights(reader)))
+        loaded = sum(tensor.nbytes for tensor in tensors_in(load_attention_weights(reader)))
     needs = attention_needs(checkpoint, EngineConfig(), model)
     rotary = 2 * 1024 * 16 * model.value_bytes
     # A norm of each head is repeated for all heads.

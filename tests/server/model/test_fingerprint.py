@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.fingerprint import fingerprint
-from janus_server.model.stored_tensors import StoredTensor
+from janus_server.model.stored_tensors import FileVersion, StoredTensor
 from tests.conftest import CheckpointFactory
 from tests.fakes.checkpoints import write_checkpoint
 from tests.fakes.model_specs import SMALL_SPEC
@@ -25,7 +25,10 @@ def large(tmp_path: Path) -> StoredTensor:
     path = tmp_path / "hole.safetensors"
     path.touch()
     os.truncate(path, 2**36)  # takes no room on the disk, and would take minutes to read
-    return StoredTensor(path=path, dtype="BF16", shape=(2**35,), start=0, num_bytes=2**36)
+    version = FileVersion.of(path.stat())
+    return StoredTensor(
+        path=path, version=version, dtype="BF16", shape=(2**35,), start=0, num_bytes=2**36
+    )
 
 
 def of(folder: Path) -> str:

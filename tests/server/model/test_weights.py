@@ -1,17 +1,28 @@
 import math
+import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from janus_scheduler.activation import ActivationCosts
+from janus_scheduler.placement import round_robin
+from janus_server.attention.config import AttentionConfig
 from janus_server.errors import CheckpointError
 from janus_server.model.checkpoint import Checkpoint
+from janus_server.model.config import ModelConfig
 from janus_server.model.weights import WeightReader
+from janus_server.monolith.config import MonolithConfig
+from janus_server.monolith.worker import local_expert_pool
 from tests.conftest import CheckpointFactory
+from tests.fakes.decoding import local_pool
+from tests.fakes.engines import load_weights
+from tests.fakes.loaded_tensors import tensors_in
 
 NAME = "model.layers.2.mlp.experts.5.down_proj.weight"
 
@@ -76,3 +87,124 @@ def test_a_norm_is_looked_at_too(folder: Path) -> None:
     spoil(folder, [math.nan], torch.float32, "model.norm.weight")
     with pytest.raises(CheckpointError, match=r"^model\.norm\.weight in .* holds nan at \[55\]"):
         read(folder, torch.float32, "model.norm.weight")
+
+
+def load_monolith(folder: Path) -> Any:
+    model = ModelConfig(checkpoint=str(folder), dtype="fp32")
+    config = MonolithConfig(attention=AttentionConfig(model=model, controller="127.0.0.1:1"))
+    checkpoint = Checkpoint.open(folder)
+    spec = checkpoint.spec
+    placement = round_robin(moe_layers=spec.moe_layers, num_experts=spec.num_experts, num_workers=1)
+    costs = ActivationCosts(expert_ps=1, pair_ps=1)
+    return load_weights(folder), local_expert_pool(config, checkpoint, placement, costs)
+
+
+LOADS: dict[str, Callable[[Path], Any]] = {
+    "attention": load_weights,
+    "experts": lambda folder: local_pool(folder, 2),
+    "monolith": load_monolith,
+}
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
+def test_what_is_written_to_the_files_later_changes_no_loaded_tensor(
+    folder: Path, load: Callable[[Path], Any]
+) -> None:
+    path = folder / "model.safetensors"
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
+
+    def values(loaded: Any) -> list[torch.Tensor]:
+        return [
+            (tensor.to_dense() if tensor.is_mkldnn else tensor).clone()
+            for tensor in tensors_in(loaded)
+        ]
+
+    loaded = load(folder)
+    before = values(loaded)
+    assert len(before) > 10
+    path.write_bytes(b"\xff" * path.stat().st_size)  # in place, as cp does it
+    for was, now in zip(before, values(loaded), strict=True):
+        assert torch.equal(was, now)
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
+def test_no_file_stays_mapped(folder: Path, load: Callable[[Path], Any]) -> None:
+    loaded = load(folder)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert any(True for _ in tensors_in(loaded))
+
+
+def replace_by_a_rename(path: Path) -> None:
+    """By a file of the same size and times, as archives without times bring them."""
+    shutil.copy2(path, path.with_suffix(".new"))
+    path.with_suffix(".new").rename(path)
+
+
+def write_in_place(path: Path) -> None:
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"1234")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+CHANGES = [
+    replace_by_a_rename,
+    write_in_place,
+    lambda path: os.truncate(path, path.stat().st_size - 4),
+    lambda path: os.truncate(path, 0),
+    lambda path: shutil.copy(path.parent / "config.json", path),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("num_read", [0, 1])
+def test_a_file_that_changes_before_its_weights_are_read_is_refused(
+    folder: Path, num_read: int, change: Callable[[Path], None]
+) -> None:
+    checkpoint, path = Checkpoint.open(folder), folder / "model.safetensors"
+    sentence = (
+        f"{path} was changed or replaced after it was checked, and before all its "
+        "weights were read; start again"
+    )
+    reader = WeightReader(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
+
+    def read_all() -> None:
+        with reader:
+            for index, name in enumerate(checkpoint.tensors):
+                if index == num_read:
+                    change(path)
+                reader.read(name)
+
+    with pytest.raises(CheckpointError, match=f"^{re.escape(sentence)}$"):
+        read_all()
+
+
+def test_a_file_that_is_another_for_a_while_is_not_read(folder: Path) -> None:
+    checkpoint, path = Checkpoint.open(folder), folder / "model.safetensors"
+    path.rename(folder / "aside")
+    shutil.copy2(folder / "aside", path)
+    with WeightReader(checkpoint, dtype=torch.float32, device=torch.device("cpu")) as reader:
+        with pytest.raises(CheckpointError, match="was changed or replaced"):
+            reader.read(NAME)
+        (folder / "aside").rename(path)
+
+
+def test_a_file_that_is_removed_before_its_weights_are_read_is_refused(folder: Path) -> None:
+    checkpoint, path = Checkpoint.open(folder), folder / "model.safetensors"
+    path.unlink()
+    with (
+        pytest.raises(CheckpointError, match=f"^cannot read {re.escape(str(path))}: No such file"),
+        WeightReader(checkpoint, dtype=torch.float32, device=torch.device("cpu")) as reader,
+    ):
+        reader.read(NAME)
+
+
+def test_other_uses_of_a_file_are_no_change(folder: Path) -> None:
+    checkpoint, path = Checkpoint.open(folder), folder / "model.safetensors"
+    with WeightReader(checkpoint, dtype=torch.float32, device=torch.device("cpu")) as reader:
+        path.chmod(0o400)
+        (folder / "link").hardlink_to(path)
+        os.utime(path, ns=(0, path.stat().st_mtime_ns))
+        reader.read(NAME)
+        path.chmod(0o600)

@@ -4,6 +4,7 @@ from typing import Any
 
 from janus_proto.v1 import control_pb2
 from janus_proto.v1.control_pb2 import RegisterRequest
+from janus_server.comm.config import CommConfig
 from janus_server.controller.config import PoolConfig, ScheduleConfig
 from janus_server.controller.membership import Membership
 from janus_server.controller.placement import first_placement
@@ -14,7 +15,12 @@ from tests.fakes.model_specs import SMALL_SPEC
 def members_of(pools: PoolConfig, schedule: ScheduleConfig | None = None) -> Membership:
     placement = first_placement(pools, SMALL_SPEC) if pools.expert_workers else None
     return Membership(
-        deployment=Deployment(fingerprint="same", dtype="bf16"),
+        deployment=Deployment(
+            fingerprint="same",
+            dtype="bf16",
+            comm_timeout_s=CommConfig().comm_timeout_s,
+            has_expert_workers=pools.expert_workers > 0,
+        ),
         pools=pools,
         placement=placement,
         schedule=schedule or ScheduleConfig(),
@@ -30,6 +36,7 @@ def registration(role: "control_pb2.WorkerRole.ValueType", **fields: Any) -> Reg
             "pid": 1,
             "model_fingerprint": "same",
             "dtype": "bf16",
+            "comm_timeout_s": CommConfig().comm_timeout_s,
             "max_batch_tokens": 64 if role == control_pb2.WORKER_ROLE_ATTENTION else 0,
             **fields,
         }

@@ -22,6 +22,7 @@ from janus_proto.v1.inference_pb2_grpc import (
     add_InferenceServiceServicer_to_server,
 )
 from janus_proto.v1.worker_pb2_grpc import add_AttentionWorkerServiceServicer_to_server
+from janus_server.comm.config import CommConfig
 from janus_server.comm.control_client import ControlClient
 from janus_server.endpoint.config import AdmissionConfig
 from janus_server.endpoint.generation import Generation
@@ -66,6 +67,8 @@ class FakeControlService(ControlServiceServicer):
     def __init__(self) -> None:
         self.model_fingerprint = ""
         """Of the checkpoint that its workers are said to serve."""
+        self.comm_timeout_s = CommConfig().comm_timeout_s
+        """Of its workers."""
         self._latest = control_pb2.WatchEpochsResponse()
         self._changed = asyncio.Condition()
 
@@ -91,6 +94,7 @@ class FakeControlService(ControlServiceServicer):
         async with self._changed:
             while True:
                 self._latest.model_fingerprint = self.model_fingerprint
+                self._latest.comm_timeout_s = self.comm_timeout_s
                 yield self._latest
                 await self._changed.wait()
 
@@ -144,6 +148,7 @@ async def running_endpoint(
     """
     async with contextlib.AsyncExitStack() as stack:
         control_service, worker = FakeControlService(), FakeAttentionWorker(load)
+        control_service.comm_timeout_s = comm_timeout_s
         control_server = await start_server(
             lambda server: add_ControlServiceServicer_to_server(control_service, server),
             [],

@@ -48,6 +48,8 @@ class RegisterRequest(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     COMPUTE_FIELD_NUMBER: _builtins.int
     MAX_BATCH_TOKENS_FIELD_NUMBER: _builtins.int
+    COMM_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    HOLDS_EXPERTS_FIELD_NUMBER: _builtins.int
     role: Global___WorkerRole.ValueType
     address: _builtins.str
     """HOST:PORT of the worker's gRPC service; empty for a worker without one."""
@@ -59,6 +61,10 @@ class RegisterRequest(_message.Message):
     """Number format of weights and activations, as --dtype names it: the same for all workers."""
     max_batch_tokens: _builtins.int
     """Of an attention worker: tokens of its steps at most. Expert workers believe no larger step."""
+    comm_timeout_s: _builtins.float
+    """Longest silence of a peer in seconds, as --comm-timeout-s names it: the same for all processes."""
+    holds_experts: _builtins.bool
+    """Of an attention worker: it holds all experts itself, and belongs where no expert workers are."""
     @_builtins.property
     def activation_costs(self) -> Global___ActivationCosts:
         """Of an expert worker: what it measured on itself."""
@@ -76,10 +82,12 @@ class RegisterRequest(_message.Message):
         dtype: _builtins.str = ...,
         compute: Global___ComputeIdentity | None = ...,
         max_batch_tokens: _builtins.int = ...,
+        comm_timeout_s: _builtins.float = ...,
+        holds_experts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["activation_costs", b"activation_costs", "compute", b"compute"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_costs", b"activation_costs", "address", b"address", "compute", b"compute", "dtype", b"dtype", "max_batch_tokens", b"max_batch_tokens", "model_fingerprint", b"model_fingerprint", "pid", b"pid", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_costs", b"activation_costs", "address", b"address", "comm_timeout_s", b"comm_timeout_s", "compute", b"compute", "dtype", b"dtype", "holds_experts", b"holds_experts", "max_batch_tokens", b"max_batch_tokens", "model_fingerprint", b"model_fingerprint", "pid", b"pid", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -520,8 +528,11 @@ class WatchEpochsResponse(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    COMM_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     """Of the checkpoint that this controller's workers serve."""
+    comm_timeout_s: _builtins.float
+    """Of all workers, as they registered."""
     @_builtins.property
     def epoch(self) -> Global___Epoch:
         """Unset while too few workers have registered."""
@@ -536,10 +547,11 @@ class WatchEpochsResponse(_message.Message):
         epoch: Global___Epoch | None = ...,
         workers: _abc.Iterable[Global___Worker] | None = ...,
         model_fingerprint: _builtins.str = ...,
+        comm_timeout_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "model_fingerprint", b"model_fingerprint", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comm_timeout_s", b"comm_timeout_s", "epoch", b"epoch", "model_fingerprint", b"model_fingerprint", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

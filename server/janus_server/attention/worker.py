@@ -65,7 +65,8 @@ async def main(config: AttentionConfig, stop: asyncio.Event) -> None:
     def needs(engine: EngineConfig) -> MemoryNeeds:
         return attention_needs(checkpoint, engine, config.model)
 
-    await serve(fit_memory(config, checkpoint.spec, needs), stop, checkpoint, join)
+    fitted = fit_memory(config, checkpoint.spec, needs)
+    await serve(fitted, stop, checkpoint, join, holds_experts=False)
 
 
 def fit_memory(
@@ -87,9 +88,14 @@ def fit_memory(
 
 
 async def serve(
-    config: AttentionConfig, stop: asyncio.Event, checkpoint: Checkpoint, join: PoolFactory
+    config: AttentionConfig,
+    stop: asyncio.Event,
+    checkpoint: Checkpoint,
+    join: PoolFactory,
+    *,
+    holds_experts: bool,
 ) -> None:
-    """Serve until `stop`; `join` brings the expert workers of the epoch."""
+    """Serve until `stop`; `join` brings the experts, which this process holds or the epoch has."""
     use_cpu(config.threads)
     service = AttentionWorkerService()
     secret = read_secret(config.comm)
@@ -107,7 +113,9 @@ async def serve(
     )
     try:
         await run_until_stopped(
-            _serve_epoch(config, checkpoint, service, control, address, join),
+            _serve_epoch(
+                config, checkpoint, service, control, address, join, holds_experts=holds_experts
+            ),
             stop=stop,
             control=control,
             has_parent=config.process.lifeline,
@@ -125,6 +133,8 @@ async def _serve_epoch(
     control: ControlClient,
     address: str,
     join: PoolFactory,
+    *,
+    holds_experts: bool,
 ) -> None:
     fingerprint = await WorkThread(checkpoint.fingerprint, name="sampling the weights").result()
     worker_id = await control.register(
@@ -134,6 +144,8 @@ async def _serve_epoch(
             model_fingerprint=fingerprint,
             dtype=config.model.dtype,
             max_batch_tokens=config.engine.max_batch_tokens,
+            comm_timeout_s=config.comm.comm_timeout_s,
+            holds_experts=holds_experts,
             compute=compute_identity(device_of(config.model, config.device_index), config.threads),
         ),
         timeout_s=config.comm.startup_timeout_s,

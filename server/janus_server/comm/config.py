@@ -19,7 +19,8 @@ class CommConfig:
     """Communication."""
 
     comm_timeout_s: Seconds = 60.0
-    """Longest wait for a peer's data within a step before the peer counts as lost, in seconds."""
+    """Longest wait for a peer's data within a step before the peer counts as lost, in seconds; the
+    same for all processes of a cluster."""
 
     cluster_secret_file: str = ""
     """File with the secret that all processes of a cluster show each other; users other than its

@@ -35,7 +35,12 @@ async def main(config: ControllerConfig, stop: asyncio.Event) -> None:
     given_costs(config.schedule)
     has_experts = config.pools.expert_workers > 0
     membership = Membership(
-        deployment=Deployment(fingerprint=checkpoint.fingerprint(), dtype=config.model.dtype),
+        deployment=Deployment(
+            fingerprint=checkpoint.fingerprint(),
+            dtype=config.model.dtype,
+            comm_timeout_s=config.comm.comm_timeout_s,
+            has_expert_workers=has_experts,
+        ),
         pools=config.pools,
         placement=first_placement(config.pools, checkpoint.spec) if has_experts else None,
         schedule=config.schedule,

@@ -121,7 +121,8 @@ class Membership:
         placement: Placement | None,
         schedule: ScheduleConfig,
     ) -> None:
-        self._deployment = deployment
+        self.deployment = deployment
+        """What all workers agree in."""
         self._pools = pools
         self._placement = placement
         self._schedule = schedule
@@ -134,14 +135,9 @@ class Membership:
         self._expired_s: float | None = None
         """When `expire` was last called."""
 
-    @property
-    def model_fingerprint(self) -> str:
-        """Of the checkpoint that all workers serve."""
-        return self._deployment.fingerprint
-
     def register(self, request: control_pb2.RegisterRequest, *, now_s: float) -> Member:
         """Add a worker; raises RegistrationRefusedError."""
-        registration = check_registration(request, self._deployment)
+        registration = check_registration(request, self.deployment)
         if len(self._members) >= MAX_MEMBERS:
             raise RegistrationRefusedError(f"{MAX_MEMBERS} workers have registered already")
         role = registration.role

@@ -36,6 +36,10 @@ class Deployment:
     """Of the checkpoint."""
     dtype: str
     """Number format of weights and activations."""
+    comm_timeout_s: float
+    """Longest silence of a peer: each shows life as often as its own timeout asks for."""
+    has_expert_workers: bool
+    """Otherwise each attention worker holds all experts itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,15 +64,9 @@ def check_registration(
     if request.role not in ROLE_NAMES:
         raise RegistrationRefusedError("a worker must register as attention or expert worker")
     worker = f"the {ROLE_NAMES[request.role]} worker with process id {request.pid}"
-    if request.model_fingerprint != deployment.fingerprint:
-        raise RegistrationRefusedError(
-            f"{worker} serves another model than this controller: their configurations or weights "
-            "differ"
-        )
-    if request.dtype != deployment.dtype:
-        raise RegistrationRefusedError(
-            f"{worker} computes in {request.dtype[:16]}, this deployment in {deployment.dtype}"
-        )
+    difference = _difference(request, deployment)
+    if difference:
+        raise RegistrationRefusedError(f"{worker} {difference}")
     if request.compute.ByteSize() > _MAX_IDENTITY_BYTES:
         raise RegistrationRefusedError(f"{worker} says too much of what it computes with")
     has_costs = request.HasField("activation_costs")
@@ -86,6 +84,30 @@ def check_registration(
         compute=request.compute,
         max_batch_tokens=request.max_batch_tokens,
     )
+
+
+def _difference(request: control_pb2.RegisterRequest, deployment: Deployment) -> str:
+    """In what the worker does not agree, to follow its name; empty: it agrees in all."""
+    if request.model_fingerprint != deployment.fingerprint:
+        return "serves another model than this controller: their configurations or weights differ"
+    if request.dtype != deployment.dtype:
+        return f"computes in {request.dtype[:16]}, this deployment in {deployment.dtype}"
+    if request.comm_timeout_s != deployment.comm_timeout_s:
+        return (
+            f"has --comm-timeout-s {request.comm_timeout_s}, this controller "
+            f"{deployment.comm_timeout_s}: all processes of a cluster need the same"
+        )
+    if request.holds_experts and deployment.has_expert_workers:
+        return (
+            "holds all experts itself, but this controller waits for expert workers: monoliths "
+            "need --expert-workers 0 there"
+        )
+    if not request.holds_experts and not deployment.has_expert_workers:
+        return (
+            "cannot take part: this controller has --expert-workers 0, and that is for monoliths "
+            "(janus_server.monolith), which hold all experts themselves"
+        )
+    return ""
 
 
 def _check_batch(request: control_pb2.RegisterRequest) -> None:

@@ -164,7 +164,8 @@ class ControlService(ControlServiceServicer):
         return control_pb2.WatchEpochsResponse(
             epoch=None if epoch is None else self._epoch(epoch, workers),
             workers=workers.values(),
-            model_fingerprint=self._membership.model_fingerprint,
+            model_fingerprint=self._membership.deployment.fingerprint,
+            comm_timeout_s=self._membership.deployment.comm_timeout_s,
         )
 
     def _worker(self, member: Member, rank: int) -> control_pb2.Worker:

@@ -178,7 +178,8 @@ class WorkerPool:
     async def follow(self) -> None:
         """Keep the links as the epochs say, until cancelled; then end them all.
 
-        Raises ConfigError where the workers serve another model than this endpoint.
+        Raises ConfigError where the workers serve another model than this endpoint, or have another
+        --comm-timeout-s.
         """
         try:
             async with contextlib.aclosing(self._control.epochs()) as responses:
@@ -187,6 +188,12 @@ class WorkerPool:
                         raise ConfigError(
                             "this endpoint serves another model than the controller's workers: "
                             "their configurations or weights differ"
+                        )
+                    if response.comm_timeout_s != self._comm_timeout_s:
+                        raise ConfigError(
+                            f"this endpoint has --comm-timeout-s {self._comm_timeout_s}, the "
+                            f"controller and its workers {response.comm_timeout_s}: all processes "
+                            "of a cluster need the same"
                         )
                     await self._adopt(response.epoch)
         finally:

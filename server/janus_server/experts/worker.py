@@ -115,6 +115,7 @@ async def _register(config: ExpertConfig, checkpoint: Checkpoint, control: Contr
             model_fingerprint=fingerprint,
             activation_costs=costs_message(costs),
             dtype=config.model.dtype,
+            comm_timeout_s=config.comm.comm_timeout_s,
             compute=compute_identity(device, config.threads),
         ),
         timeout_s=config.comm.startup_timeout_s,

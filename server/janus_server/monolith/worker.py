@@ -36,7 +36,7 @@ async def main(config: MonolithConfig, stop: asyncio.Event) -> None:
         return monolith_needs(checkpoint, engine, config.attention.model, placement)
 
     attention = attention_worker.fit_memory(config.attention, checkpoint.spec, needs)
-    await attention_worker.serve(attention, stop, checkpoint, join)
+    await attention_worker.serve(attention, stop, checkpoint, join, holds_experts=True)
 
 
 def local_expert_pool(

@@ -170,7 +170,7 @@ def test_whoever_shows_the_secret_is_served() -> None:
     async def check() -> None:
         async with internal_server() as address:
             control = ControlClient(address, SECRET)
-            worker = registration(control_pb2.WORKER_ROLE_ATTENTION)
+            worker = registration(control_pb2.WORKER_ROLE_ATTENTION, holds_experts=True)
             assert await control.register(worker, timeout_s=DEADLINE_S) == "attention-0"
             assert (await wait_for_epoch(control, timeout_s=DEADLINE_S)).number == 1
             async with asyncio.timeout(DEADLINE_S):
@@ -193,7 +193,7 @@ def test_a_process_with_another_secret_ends_with_a_sentence() -> None:
         async with internal_server() as address:
             for secret in (None, ClusterSecret.generate()):
                 control = ControlClient(address, secret)
-                worker = registration(control_pb2.WORKER_ROLE_ATTENTION)
+                worker = registration(control_pb2.WORKER_ROLE_ATTENTION, holds_experts=True)
                 with pytest.raises(ConfigError, match="show the secret of this cluster"):
                     await control.register(worker, timeout_s=DEADLINE_S)
                 with pytest.raises(UnavailableError, match="need the same --cluster-secret-file"):

@@ -30,7 +30,9 @@ def membership(attention: int = 1, experts: int = 2, slots: int = 0) -> Membersh
 
 
 def join(members: Membership, role: int, *, now_s: float = 0.0, **fields: object) -> str:
-    worker_id = members.register(registration(role, **fields), now_s=now_s).worker_id
+    holds_experts = not members.deployment.has_expert_workers
+    request = registration(role, holds_experts=holds_experts, **fields)
+    worker_id = members.register(request, now_s=now_s).worker_id
     beat(members, worker_id, now_s=now_s)
     return worker_id
 

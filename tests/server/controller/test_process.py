@@ -61,6 +61,7 @@ def test_it_forms_an_epoch_whose_store_is_there(start: Starter, model: ModelConf
             await control.register(
                 registration(
                     control_pb2.WORKER_ROLE_ATTENTION,
+                    holds_experts=True,
                     model_fingerprint=Checkpoint.open(model.checkpoint).fingerprint(),
                 ),
                 timeout_s=30,

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from janus_proto.v1 import control_pb2
@@ -11,7 +13,10 @@ from tests.fakes.controller import registration
 
 ATTENTION = control_pb2.WORKER_ROLE_ATTENTION
 EXPERT = control_pb2.WORKER_ROLE_EXPERT
-DEPLOYMENT = Deployment(fingerprint="same", dtype="bf16")
+DEPLOYMENT = Deployment(
+    fingerprint="same", dtype="bf16", comm_timeout_s=60.0, has_expert_workers=True
+)
+WITHOUT_EXPERT_WORKERS = dataclasses.replace(DEPLOYMENT, has_expert_workers=False)
 
 
 @pytest.mark.parametrize("role", [ATTENTION, EXPERT])
@@ -38,6 +43,19 @@ def test_an_expert_worker_has_no_address() -> None:
             "the expert worker with process id 7 computes in fp32, this deployment in bf16",
         ),
         (ATTENTION, {"model_fingerprint": ""}, "serves another model than this controller"),
+        (
+            EXPERT,
+            {"comm_timeout_s": 2.0, "pid": 7},
+            "the expert worker with process id 7 has --comm-timeout-s 2.0, this controller 60.0: "
+            "all processes of a cluster need the same",
+        ),
+        (ATTENTION, {"comm_timeout_s": float("nan")}, "has --comm-timeout-s nan, this controller"),
+        (
+            ATTENTION,
+            {"holds_experts": True, "pid": 7},
+            "the attention worker with process id 7 holds all experts itself, but this controller "
+            "waits for expert workers",
+        ),
         (ATTENTION, {"address": ""}, "'' is not HOST:PORT"),
         (ATTENTION, {"address": "host"}, "'host' is not HOST:PORT"),
         (ATTENTION, {"address": "host:0"}, "its address host:0 has no port"),
@@ -68,6 +86,14 @@ def test_what_may_not_take_part(role: int, fields: dict[str, object], sentence: 
         check_registration(registration(role, **fields), DEPLOYMENT)
     assert sentence in str(raised.value)
     assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize("role", [ATTENTION, EXPERT])
+def test_without_expert_workers_monoliths_alone_take_part(role: int) -> None:
+    monolith = registration(ATTENTION, holds_experts=True)
+    assert check_registration(monolith, WITHOUT_EXPERT_WORKERS).role == ATTENTION
+    with pytest.raises(RegistrationRefusedError, match="--expert-workers 0, and that is for"):
+        check_registration(registration(role), WITHOUT_EXPERT_WORKERS)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_who_leaves_is_named_to_the_others() -> None:
 def test_without_expert_workers_the_epoch_has_no_placement() -> None:
     async def check() -> None:
         async with controller(experts=0) as address, client(address) as worker:
-            await join(worker, ATTENTION)
+            await join(worker, ATTENTION, holds_experts=True)
             epoch = await wait_for_epoch(worker, timeout_s=30)
             assert not epoch.HasField("placement")
             assert len(epoch.attention_workers) == 1
@@ -166,7 +166,7 @@ def test_a_heartbeat_of_the_future_is_refused() -> None:
     async def check() -> None:
         async with controller(experts=0) as address, grpc.aio.insecure_channel(address) as channel:
             stub = ControlServiceStub(channel)
-            registered = await stub.Register(registration(ATTENTION))
+            registered = await stub.Register(registration(ATTENTION, holds_experts=True))
             heartbeat = control_pb2.HeartbeatRequest(
                 worker_id=registered.worker_id, incarnation=registered.incarnation, ready_epoch=2
             )

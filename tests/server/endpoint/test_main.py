@@ -114,6 +114,22 @@ def test_an_endpoint_with_another_model_than_the_workers_ends(
     within_deadline(scenario())
 
 
+def test_an_endpoint_with_another_timeout_than_the_workers_ends(
+    make_checkpoint: CheckpointFactory,
+) -> None:
+    async def scenario() -> None:
+        control, worker, stop = FakeControlService(), FakeAttentionWorker(), asyncio.Event()
+        control.comm_timeout_s = 2.0
+        async with running_process(str(make_checkpoint()), control, worker, stop) as running:
+            with pytest.raises(ExceptionGroup) as caught:
+                await running
+            assert caught.group_contains(
+                ConfigError, match=r"has --comm-timeout-s 60\.0, the controller .* 2\.0"
+            )
+
+    within_deadline(scenario())
+
+
 def test_from_start_to_stop(
     make_checkpoint: CheckpointFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ import grpc
 from janus_proto.v1 import inference_pb2, worker_pb2
 from janus_proto.v1.worker_pb2_grpc import AttentionWorkerServiceServicer
 
-LOAD = worker_pb2.EngineLoad(num_free_blocks=4096, num_blocks=4096, block_size=16)
+LOAD = worker_pb2.EngineLoad(num_free_blocks=4096, num_blocks=4096, max_context=2**16)
 
 
 class FakeAttentionWorker(AttentionWorkerServiceServicer):

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from janus_proto.v1 import inference_pb2 as janus__proto_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bjanus_proto/v1/worker.proto\x12\x08janus.v1\x1a\x1ejanus_proto/v1/inference.proto\"k\n\nRunRequest\x12)\n\x06submit\x18\x01 \x01(\x0b\x32\x17.janus.v1.SubmitCommandH\x00\x12\'\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x16.janus.v1.AbortCommandH\x00\x42\t\n\x07\x63ommand\"c\n\rSubmitCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.janus.v1.SamplingParams\"\"\n\x0c\x41\x62ortCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"j\n\x0bRunResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12)\n\x07outputs\x18\x02 \x03(\x0b\x32\x18.janus.v1.SequenceOutput\x12\"\n\x04load\x18\x03 \x01(\x0b\x32\x14.janus.v1.EngineLoad\"\xa2\x01\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.janus.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.janus.v1.FinishReason\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\"\x90\x01\n\nEngineLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\x04\x12\x12\n\nblock_size\x18\x06 \x01(\r\"\x16\n\x14GetEngineLoadRequest\";\n\x15GetEngineLoadResponse\x12\"\n\x04load\x18\x01 \x01(\x0b\x32\x14.janus.v1.EngineLoad2\xa2\x01\n\x16\x41ttentionWorkerService\x12\x36\n\x03Run\x12\x14.janus.v1.RunRequest\x1a\x15.janus.v1.RunResponse(\x01\x30\x01\x12P\n\rGetEngineLoad\x12\x1e.janus.v1.GetEngineLoadRequest\x1a\x1f.janus.v1.GetEngineLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bjanus_proto/v1/worker.proto\x12\x08janus.v1\x1a\x1ejanus_proto/v1/inference.proto\"k\n\nRunRequest\x12)\n\x06submit\x18\x01 \x01(\x0b\x32\x17.janus.v1.SubmitCommandH\x00\x12\'\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x16.janus.v1.AbortCommandH\x00\x42\t\n\x07\x63ommand\"c\n\rSubmitCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.janus.v1.SamplingParams\"\"\n\x0c\x41\x62ortCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"j\n\x0bRunResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12)\n\x07outputs\x18\x02 \x03(\x0b\x32\x18.janus.v1.SequenceOutput\x12\"\n\x04load\x18\x03 \x01(\x0b\x32\x14.janus.v1.EngineLoad\"\xa2\x01\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.janus.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.janus.v1.FinishReason\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\"\x91\x01\n\nEngineLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\x04\x12\x13\n\x0bmax_context\x18\x06 \x01(\r\"\x16\n\x14GetEngineLoadRequest\";\n\x15GetEngineLoadResponse\x12\"\n\x04load\x18\x01 \x01(\x0b\x32\x14.janus.v1.EngineLoad2\xa2\x01\n\x16\x41ttentionWorkerService\x12\x36\n\x03Run\x12\x14.janus.v1.RunRequest\x1a\x15.janus.v1.RunResponse(\x01\x30\x01\x12P\n\rGetEngineLoad\x12\x1e.janus.v1.GetEngineLoadRequest\x1a\x1f.janus.v1.GetEngineLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,11 +43,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEQUENCEOUTPUT']._serialized_start=428
   _globals['_SEQUENCEOUTPUT']._serialized_end=590
   _globals['_ENGINELOAD']._serialized_start=593
-  _globals['_ENGINELOAD']._serialized_end=737
-  _globals['_GETENGINELOADREQUEST']._serialized_start=739
-  _globals['_GETENGINELOADREQUEST']._serialized_end=761
-  _globals['_GETENGINELOADRESPONSE']._serialized_start=763
-  _globals['_GETENGINELOADRESPONSE']._serialized_end=822
-  _globals['_ATTENTIONWORKERSERVICE']._serialized_start=825
-  _globals['_ATTENTIONWORKERSERVICE']._serialized_end=987
+  _globals['_ENGINELOAD']._serialized_end=738
+  _globals['_GETENGINELOADREQUEST']._serialized_start=740
+  _globals['_GETENGINELOADREQUEST']._serialized_end=762
+  _globals['_GETENGINELOADRESPONSE']._serialized_start=764
+  _globals['_GETENGINELOADRESPONSE']._serialized_end=823
+  _globals['_ATTENTIONWORKERSERVICE']._serialized_start=826
+  _globals['_ATTENTIONWORKERSERVICE']._serialized_end=988
 # @@protoc_insertion_point(module_scope)

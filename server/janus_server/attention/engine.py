@@ -59,8 +59,11 @@ class Engine:
         config: EngineConfig,
     ) -> None:
         embedding = weights.embedding_VH
-        self.max_context = context_limit(spec, config.max_context)
         num_blocks = num_kv_blocks(spec, config, embedding.dtype.itemsize)
+        # The last token is sampled but never fed, so it needs no slot.
+        room = num_blocks * config.block_size + 1
+        self.max_context = min(context_limit(spec, config.max_context), room)
+        """Longest prompt plus completion, in tokens."""
         self._config = config
         self._vocab_size = spec.vocab_size
         self.num_blocks = num_blocks
@@ -94,8 +97,7 @@ class Engine:
             raise ValueError(f"request id {request_id} is in use")
         if not prompt_ids:
             raise ValueError(f"request {request_id} has no prompt")
-        # The last token is sampled but never fed.
-        if total > self.max_context or total - 1 > self.num_blocks * self.batcher.block_size:
+        if total > self.max_context:
             raise ValueError(f"request {request_id} needs room for {total} tokens, too many here")
         check_token_ids(f"request {request_id}", prompt_ids, self._vocab_size)
         check_range("logprobs", params.num_logprobs or 0, 0, self._vocab_size)

@@ -109,7 +109,7 @@ class EngineThread:
             num_waiting=batcher.num_waiting,
             num_free_blocks=batcher.num_free_blocks,
             num_blocks=self._engine.num_blocks,
-            block_size=batcher.block_size,
+            max_context=self._engine.max_context,
             num_preemptions=batcher.num_preemptions,
         )
 

@@ -39,4 +39,5 @@ class EndpointConfig:
     """HOST:PORT of the controller."""
 
     max_context: MaxContext = 0
-    """Longest prompt plus completion, in tokens; 0: what the model was trained for."""
+    """Longest prompt plus completion, in tokens, where no attention worker has less; 0: what the
+    model was trained for."""

@@ -81,11 +81,9 @@ class Generation:
 
     def bounds(self) -> validation.Bounds:
         """What bounds a request now."""
-        # The last token of a request is never fed, so it needs no slot.
-        room = self._pool.kv_tokens + 1 if self._pool.kv_tokens else self._max_context
         return validation.Bounds(
             vocab_size=self._spec.vocab_size,
-            max_context=min(self._max_context, room),
+            max_context=min(self._max_context, self._pool.max_context or self._max_context),
             eos_token_ids=self._spec.eos_token_ids,
             has_tokenizer=self._tokenizer is not None,
         )

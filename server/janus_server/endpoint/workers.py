@@ -163,10 +163,10 @@ class WorkerPool:
         return self._epoch
 
     @property
-    def kv_tokens(self) -> int:
-        """Tokens whose KV blocks fit the smallest worker; 0 before any has said."""
+    def max_context(self) -> int:
+        """Longest prompt plus completion that every worker takes; 0 before any has said."""
         loads = [link.load for link in self._links.values() if link.load is not None]
-        return min((load.num_blocks * load.block_size for load in loads), default=0)
+        return min((load.max_context for load in loads), default=0)
 
     def least_loaded(self) -> WorkerLink:
         """The link with the fewest requests; raises UnavailableError where there is none."""

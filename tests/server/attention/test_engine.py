@@ -105,6 +105,25 @@ def test_refuses_what_can_never_run(folder: Path) -> None:
         engine.add("empty", (), params())
 
 
+@pytest.mark.parametrize(
+    ("config", "max_context"),
+    [
+        ({"max_context": 64}, 64),
+        # 768 bytes a token; the last token of a request is never fed, and needs no slot.
+        ({"kv_cache_gib": 80 * 768 / 2**30, "block_size": 16}, 81),
+    ],
+)
+def test_takes_what_its_context_and_its_kv_blocks_hold(
+    folder: Path, config: dict[str, float], max_context: int
+) -> None:
+    engine = make_engine(folder, **config)
+    assert engine.max_context == max_context
+    with pytest.raises(ValueError, match="too many"):
+        engine.add("long", PROMPT, params(max_tokens=max_context - len(PROMPT) + 1))
+    engine.add("longest", PROMPT, params(max_tokens=max_context - len(PROMPT)))
+    assert len(run(folder, engine)["longest"]) == max_context - len(PROMPT)
+
+
 def test_refuses_impossible_configurations(folder: Path) -> None:
     with pytest.raises(ConfigError, match="too small for any request"):
         make_engine(folder, kv_cache_gib=1e-9)

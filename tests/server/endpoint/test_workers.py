@@ -14,6 +14,7 @@ from tests.fakes.endpoint import (
     ids,
     refused,
     refused_request,
+    request,
     running_endpoint,
     start_worker,
     until,
@@ -146,8 +147,8 @@ def test_requests_go_where_the_fewest_are(tmp_path: Path) -> None:
                 running_endpoint(tmp_path, other_workers=[entry])
             )
             generate = endpoint.stub.Generate
-            request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[1]))
-            calls = [generate(request, timeout=CALL_S) for _ in range(4)]
+            short = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[1]))
+            calls = [generate(short, timeout=CALL_S) for _ in range(4)]
             workers = (endpoint.worker, endpoint.worker, other, other)
             submits = [await worker.submits.get() for worker in workers]
             for worker, submit in zip(workers, submits, strict=True):
@@ -158,19 +159,26 @@ def test_requests_go_where_the_fewest_are(tmp_path: Path) -> None:
     within_deadline(check())
 
 
-def test_a_small_kv_pool_bounds_the_context(tmp_path: Path) -> None:
+def test_the_smallest_worker_bounds_the_context(tmp_path: Path) -> None:
     async def check() -> None:
-        load = worker_pb2.EngineLoad(num_blocks=1, block_size=16)
-        async with running_endpoint(tmp_path, load=load) as endpoint:
+        async with contextlib.AsyncExitStack() as stack:
+            small = FakeAttentionWorker(worker_pb2.EngineLoad(max_context=17))
+            entry = await start_worker("attention-1", small, stack)
+            endpoint = await stack.enter_async_context(
+                running_endpoint(tmp_path, other_workers=[entry])
+            )
             info = await endpoint.stub.GetModelInfo(
                 inference_pb2.GetModelInfoRequest(), timeout=CALL_S
             )
-            # The last token is never fed.
             assert info.max_context == 17
             code, sentence = await refused_request(endpoint, prompt=[1] * 17)
             assert code is grpc.StatusCode.INVALID_ARGUMENT
             assert "up to 16" in sentence
-            _, submit = await begin(endpoint, prompt=[1] * 16)
-            assert submit.sampling.max_tokens == 1
+            longest = request(prompt=[1] * 16)
+            calls = [endpoint.stub.Generate(longest, timeout=CALL_S) for _ in range(2)]
+            for worker in (endpoint.worker, small):
+                assert (await worker.submits.get()).sampling.max_tokens == 1
+            for call in calls:
+                call.cancel()
 
     within_deadline(check())

@@ -3,7 +3,9 @@
 A contender process waits for a batch to run; while one contender is measured, the others wait.
 """
 
+import contextlib
 import multiprocessing
+import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from janus_server.comm.epoch import GroupConfig
 from janus_server.comm.gloo import GlooAttentionPool, GlooExpertPool
 from janus_server.comm.gloo_group import join_group
 from janus_server.comm.local import LocalExpertPool
+from janus_server.errors import JanusError
 from janus_server.experts.runner import ExpertRunner
 from janus_server.experts.weights import load_layers
 from janus_server.model.checkpoint import Checkpoint
@@ -80,12 +83,21 @@ class Contender:
         theirs.close()
 
     def run(self, prompts: Sequence[Sequence[int]], num_new: int) -> Timing:
-        """Decode all prompts at once, greedily, `num_new` tokens each."""
-        self._connection.send((prompts, num_new))
-        if not self._connection.poll(_TIMEOUT_S):
-            raise TimeoutError(f"{self.config.name} did not finish a batch in {_TIMEOUT_S:g} s")
-        timing: Timing = self._connection.recv()
-        return timing
+        """Decode all prompts at once, greedily, `num_new` tokens each.
+
+        Raises JanusError where the process fails or takes too long.
+        """
+        try:
+            self._connection.send((prompts, num_new))
+            if not self._connection.poll(_TIMEOUT_S):
+                answer: Timing | str = f"it did not finish a batch in {_TIMEOUT_S:g} s"
+            else:
+                answer = self._connection.recv()
+        except (EOFError, ConnectionError):
+            answer = "its process has ended"
+        if isinstance(answer, str):
+            raise JanusError(f"the contender {self.config.name} failed: {answer}")
+        return answer
 
     def close(self) -> None:
         """End the process."""
@@ -227,6 +239,7 @@ def _group(store_address: str, rank: int) -> GroupConfig:
 
 
 def _expert_worker(config: ContenderConfig, group: GroupConfig, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     use_cpu(threads)
     checkpoint = Checkpoint.open(config.checkpoint)
     runner = _expert_runner(checkpoint, config.dtype)
@@ -252,13 +265,26 @@ def _expert_runner(checkpoint: Checkpoint, dtype: str) -> ExpertRunner:
 _SCHEDULING = Scheduling(policy="first", costs=ActivationCosts(expert_ps=1, pair_ps=1))
 """With a single expert worker there is nothing to choose."""
 
+_REFUSALS = (JanusError, ValueError, ImportError, OSError, MemoryError, RuntimeError)
+"""What Janus, torch and transformers raise where they cannot do what flags or checkpoint say."""
+
 _RUNNERS: dict[str, Any] = {"transformers": _Transformers, "local": _Local, "gloo": _Gloo}
 
 
 def _contend(config: ContenderConfig, connection: Connection) -> None:
-    runner: _Runner = _RUNNERS[config.name](config)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback on Ctrl-C
+    with contextlib.suppress(EOFError, ConnectionError):  # the bench is done
+        try:
+            _answer(_RUNNERS[config.name](config), connection)
+        except _REFUSALS as error:
+            connection.send(f"{type(error).__name__}: {error}")
+            while True:  # a process that ends with a batch unread loses what it has sent
+                connection.recv()
+
+
+def _answer(runner: _Runner, connection: Connection) -> None:
     try:
         while True:
             connection.send(runner.run(*connection.recv()))
-    except EOFError:  # the bench is done
+    except EOFError:
         runner.close()

@@ -16,11 +16,15 @@ from janus_scheduler.routing import expert_counts, sample_batches
 matplotlib.rcParams.update({"font.size": 9, "svg.fonttype": "none"})
 
 _MOST_LAYERS = 4
-_NUM_BATCHES = 200
 
 
 def draw_placement(
-    path: Path, trace: RoutingSample, placement: Placement, *, batch_tokens: int
+    path: Path,
+    trace: RoutingSample,
+    placement: Placement,
+    *,
+    batch_tokens: int,
+    num_batches: int,
 ) -> None:
     """Draw, for up to four layers, how often workers read each expert, and the experts' loads."""
     layers = sorted(trace.layers)
@@ -34,7 +38,7 @@ def draw_placement(
         counts_E = expert_counts(trace.layers[layer], trace.num_experts)
         order = np.argsort(-counts_E, kind="stable")
         image = heat.imshow(
-            _reads(trace, placement, layer, batch_tokens)[:, order],
+            _reads(trace, placement, layer, batch_tokens, num_batches)[:, order],
             aspect="auto",
             vmin=0,
             vmax=1,
@@ -55,14 +59,14 @@ def draw_placement(
 
 
 def _reads(
-    trace: RoutingSample, placement: Placement, layer: int, batch_tokens: int
+    trace: RoutingSample, placement: Placement, layer: int, batch_tokens: int, num_batches: int
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Share of batches in which a worker reads an expert, [W, E]; NaN where it holds no replica."""
     active_BE = sample_batches(
         trace.layers[layer],
         trace.num_experts,
         num_tokens=batch_tokens,
-        num_batches=_NUM_BATCHES,
+        num_batches=num_batches,
         seed=0,
     )
     replicas = placement.replicas(layer, trace.num_experts)

@@ -20,11 +20,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from janus_bench.checkpoints import BENCH_MODEL, write_random_checkpoint
-from janus_bench.contenders import Contender, ContenderConfig, Timing
-from janus_bench.report import RESULTS, environment, write_result
+from janus_bench.contenders import DTYPES, Contender, ContenderConfig, Timing
+from janus_bench.report import RESULTS, check_output, environment, write_result
 from janus_server.bounds import Between, Threads
 from janus_server.comm.config import MAX_LANES
 from janus_server.command_line import parse
+from janus_server.errors import ConfigError
 from janus_server.model.checkpoint import Checkpoint
 
 
@@ -47,8 +48,8 @@ class OfflineConfig:
     prompt_tokens: Annotated[int, Between(1, 2**20)] = 128
     """Tokens of each prompt."""
 
-    new_tokens: Annotated[int, Between(1, 2**20)] = 64
-    """Tokens generated for each."""
+    new_tokens: Annotated[int, Between(2, 2**20)] = 64
+    """Tokens generated for each; the first is prefill, the others are decode."""
 
     rounds: Annotated[int, Between(1, 1000)] = 3
     """Times each batch is measured, after one warm-up."""
@@ -69,18 +70,25 @@ class OfflineConfig:
 def command(argv: Sequence[str]) -> int:
     """Measure tokens/s of prefill and decode against transformers."""
     config = parse(OfflineConfig, argv, prog="janus bench offline")
+    output = Path(config.output) if config.output else RESULTS / "offline-cpu.json"
+    _check(config, output)
     console = Console()
     measured_in = environment()  # before a file can change
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(config.checkpoint or scratch)
         if not config.checkpoint:
             write_random_checkpoint(checkpoint, dict(BENCH_MODEL))
-        vocab_size = Checkpoint.open(checkpoint).spec.vocab_size
+        spec = Checkpoint.open(checkpoint).spec
+        needed = config.prompt_tokens + config.new_tokens
+        if needed > spec.max_context:
+            raise ConfigError(
+                f"--prompt-tokens and --new-tokens are {needed} together, more than the model's "
+                f"context of {spec.max_context}"
+            )
         rows: list[dict[str, Any]] = []
         for dtype in config.dtypes:
-            rows += _measure(config, str(checkpoint), dtype, vocab_size, console)
+            rows += _measure(config, str(checkpoint), dtype, spec.vocab_size, console)
     _print_table(console, rows)
-    output = Path(config.output) if config.output else RESULTS / "offline-cpu.json"
     write_result(
         output,
         {
@@ -91,6 +99,15 @@ def command(argv: Sequence[str]) -> int:
     )
     console.print(f"written to {output}")
     return 0
+
+
+def _check(config: OfflineConfig, output: Path) -> None:
+    unknown = set(config.dtypes) - set(DTYPES)
+    if unknown:
+        raise ConfigError(f"--dtypes must be of {', '.join(DTYPES)}, not {min(unknown)}")
+    if not (config.dtypes and config.batches):
+        raise ConfigError("--dtypes and --batches each need a value")
+    check_output("output", str(output))
 
 
 def _contenders(config: OfflineConfig, checkpoint: str, dtype: str) -> list[ContenderConfig]:

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from janus_bench.report import check_folder
+from janus_bench.report import check_output
 from janus_bench.routing_traces import RoutingSample, read_routing
 from janus_scheduler.placement import Placement
 from janus_scheduler.placement_policies import PLACEMENT_POLICIES, PlacementPolicy, place
@@ -21,6 +21,8 @@ from janus_server.errors import ConfigError
 
 _JUDGING_SEED = 1
 """Added to the seed of the search: a placement is judged on batches that it was not fitted to."""
+_MOST_TOKENS = 2**24
+"""Drawn to judge a layer, which takes some seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +46,7 @@ class PlacementConfig:
     policy: Literal[PlacementPolicy, "all"] = "search"
     """How to place; all: compare them."""
 
-    batch: Annotated[int, Between(1, 2**20)] = 64
+    batch: Annotated[int, Between(1, 2**16)] = 64
     """Tokens of a decode batch, over all requests: search and the expected a_max are for it."""
 
     samples: Annotated[int, Between(1, 2**20)] = 200
@@ -76,12 +78,11 @@ def command(argv: Sequence[str]) -> int:
     trace = read_routing(Path(config.trace))
     console = Console()
     if config.policy == "all":
-        if config.output or config.plot:
-            raise ConfigError("--output and --plot need one --policy, not all")
         _print_comparison(console, config, trace)
         return 0
-    placement = place_by(config, trace, config.policy)
-    loads = judge(config, trace, placement)
+    with console.status("placing"):
+        placement = place_by(config, trace, config.policy)
+        loads = judge(config, trace, placement)
     _print_layers(console, config, trace, placement, loads)
     if config.output:
         write_placement(Path(config.output), placement, trace.num_experts)
@@ -89,16 +90,31 @@ def command(argv: Sequence[str]) -> int:
     if config.plot:
         from janus_bench.figures import draw_placement  # slow to import
 
-        draw_placement(Path(config.plot), trace, placement, batch_tokens=config.batch)
+        draw_placement(
+            Path(config.plot),
+            trace,
+            placement,
+            batch_tokens=config.batch,
+            num_batches=config.samples,
+        )
         console.print(f"drawn to {config.plot}", highlight=False)
     return 0
 
 
 def _check(config: PlacementConfig) -> None:
-    for name in ("output", "plot"):
-        check_folder(name, getattr(config, name))
+    if config.policy == "all" and (config.output or config.plot):
+        raise ConfigError("--output and --plot need one --policy, not all")
     if config.plot and Path(config.plot).suffix.lower() not in (".png", ".svg"):
         raise ConfigError(f"--plot needs a name that ends in .png or .svg, not {config.plot}")
+    if config.plot and config.plot == config.output:
+        raise ConfigError(f"--output and --plot name the same file: {config.plot}")
+    for name in ("output", "plot"):
+        check_output(name, getattr(config, name))
+    drawn = config.batch * config.samples
+    if drawn > _MOST_TOKENS:
+        raise ConfigError(
+            f"--batch times --samples must be at most {_MOST_TOKENS} tokens, not {drawn}"
+        )
 
 
 def place_by(config: PlacementConfig, trace: RoutingSample, policy: PlacementPolicy) -> Placement:
@@ -166,7 +182,8 @@ def _print_comparison(console: Console, config: PlacementConfig, trace: RoutingS
     for name in ("policy", "a_max", "p99", "floor", "imbalance"):
         table.add_column(name, justify="left" if name == "policy" else "right")
     for policy in PLACEMENT_POLICIES:
-        loads = judge(config, trace, place_by(config, trace, policy))
+        with console.status(f"placing by {policy}"):
+            loads = judge(config, trace, place_by(config, trace, policy))
         table.add_row(policy, *_cells(list(loads.values())))
     console.print(table)
 

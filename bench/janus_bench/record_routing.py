@@ -18,25 +18,37 @@ Format: a compressed npz with
 Shapes: L MoE layers, N tokens of all texts, K experts of a token, E experts, T tokens of one text.
 """
 
-import argparse
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import tyro
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from janus_bench.report import check_output
 from janus_bench.train_demo import read_corpus
+from janus_server.bounds import Between, Threads
+from janus_server.cli import run
+from janus_server.command_line import parse
+from janus_server.endpoint.tokenizer import check_tokenizer
+from janus_server.endpoint.tokenizer_file import read_tokenizer
+from janus_server.errors import CheckpointError, ConfigError
+from janus_server.input_file import read_file
+from janus_server.model.checkpoint import Checkpoint
 
 ROUTER = re.compile(r"\.layers\.(\d+)\.mlp\.gate$")
 """The name of a router, where transformers returns (logits, weights, ids) from it."""
+_MAX_TEXT_BYTES = 2**26
+"""The tokenizer holds a hundred bytes for each token of a text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,35 +64,70 @@ class Routing:
     num_experts: int
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordingConfig:
+    """Record which experts a checkpoint routes text to, and say how uneven the routing is."""
+
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="PATH_TO_CHECKPOINT"), tyro.conf.Positional]
+    """Hugging Face model folder."""
+
+    output: str
+    """Routing trace (.npz) to write."""
+
+    text: tuple[str, ...] = ()
+    """Text files to run; none: held-out source code."""
+
+    sequences: Annotated[int, Between(1, 2**20)] = 64
+    """Texts to run."""
+
+    tokens: Annotated[int, Between(1, 2**20)] = 128
+    """Tokens of each text."""
+
+    threads: Threads = 1
+    """CPU threads."""
+
+
+def command(argv: Sequence[str]) -> int:
     """Record one checkpoint, write the file and say how uneven the routing is."""
-    parser = argparse.ArgumentParser(description="Record the expert routing of a checkpoint.")
-    parser.add_argument("checkpoint", type=Path, help="Hugging Face model folder")
-    parser.add_argument("--output", type=Path, required=True, help="npz file to write")
-    parser.add_argument(
-        "--text", type=Path, nargs="+", help="text files to run; by default held-out source code"
-    )
-    parser.add_argument("--sequences", type=int, default=64, help="texts to run")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of each text")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    tokenizer = Tokenizer.from_file(str(arguments.checkpoint / "tokenizer.json"))
-    if arguments.text:
-        texts = [path.read_text(encoding="utf-8") for path in arguments.text]
-    else:
-        _, texts = read_corpus()
-    token_ids = middles(tokenizer, texts, arguments.sequences, arguments.tokens)
-    routing = record(load(arguments.checkpoint), token_ids)
-    write(routing, arguments.output)
+    config = parse(RecordingConfig, argv, prog="python -m janus_bench.record_routing")
+    check_output("output", config.output)
+    torch.set_num_threads(config.threads)
+    token_ids = _token_ids(config)
+    routing = record(load(Path(config.checkpoint)), token_ids)
+    write(routing, Path(config.output))
     for layer, factor in zip(routing.layers, skew(routing), strict=True):
         print(f"layer {layer}: busiest expert at {factor:.2f} times the mean")
+    return 0
+
+
+def _token_ids(config: RecordingConfig) -> list[list[int]]:
+    """What to run; raises JanusError where checkpoint or texts cannot be used."""
+    checkpoint = Checkpoint.open(config.checkpoint)
+    if config.tokens > checkpoint.spec.max_context:
+        raise ConfigError(
+            f"--tokens is {config.tokens}, more than the model's context of "
+            f"{checkpoint.spec.max_context}"
+        )
+    check_tokenizer(checkpoint)
+    tokenizer = read_tokenizer(checkpoint.path / "tokenizer.json")
+    texts = [_text(Path(path)) for path in config.text] or read_corpus()[1]
+    return middles(tokenizer, texts, config.sequences, config.tokens)
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_file(path, ConfigError, max_bytes=_MAX_TEXT_BYTES).decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8") from None
 
 
 def middles(
     tokenizer: Tokenizer, texts: Sequence[str], num_texts: int, num_tokens: int
 ) -> list[list[int]]:
-    """The middle `num_tokens` token ids of the first `num_texts` texts that are long enough."""
+    """The middle `num_tokens` token ids of the first `num_texts` texts that are long enough.
+
+    Raises ConfigError where there are fewer.
+    """
     found: list[list[int]] = []
     for text in texts:
         if len(found) == num_texts:
@@ -90,7 +137,7 @@ def middles(
             first = (len(ids) - num_tokens) // 2
             found.append(ids[first : first + num_tokens])
     if len(found) < num_texts:
-        raise ValueError(
+        raise ConfigError(
             f"only {len(found)} texts have {num_tokens} tokens; {num_texts} were asked for"
         )
     return found
@@ -131,7 +178,7 @@ def record(model: Any, token_ids: Sequence[Sequence[int]]) -> Routing:
             chosen[layer] = []
             handles.append(module.register_forward_hook(partial(keep, layer)))
     if not handles:
-        raise ValueError("the model has no router at layers.*.mlp.gate")
+        raise CheckpointError("the model has no router at layers.*.mlp.gate")
     for ids in tqdm(token_ids, unit="text"):
         model(torch.tensor([list(ids)]), use_cache=False)
     for handle in handles:
@@ -151,14 +198,14 @@ def record(model: Any, token_ids: Sequence[Sequence[int]]) -> Routing:
 
 def write(routing: Routing, path: Path) -> None:
     """Write the npz file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        path,
-        layers=routing.layers,
-        topk_ids=routing.topk_ids,
-        sequence=routing.sequence,
-        num_experts=np.int32(routing.num_experts),
-    )
+    with path.open("wb") as file:  # to a path, NumPy would add a suffix
+        np.savez_compressed(
+            file,
+            layers=routing.layers,
+            topk_ids=routing.topk_ids,
+            sequence=routing.sequence,
+            num_experts=np.int32(routing.num_experts),
+        )
 
 
 def skew(routing: Routing) -> list[float]:
@@ -168,4 +215,4 @@ def skew(routing: Routing) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("record_routing", command))

@@ -37,16 +37,26 @@ def environment() -> dict[str, Any]:
     }
 
 
-def check_folder(flag: str, path: str) -> None:
-    """Refuse a file that cannot be written, before hours of work; "" stands for no file."""
-    folder = Path(path).parent
-    if path and not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ConfigError(f"--{flag}: {folder} is no folder that can be written to")
+def check_output(flag: str, path: str) -> None:
+    """Refuse a file that cannot be written, before hours of work; "" stands for no file.
+
+    Raises ConfigError.
+    """
+    if not path:
+        return
+    is_new = not os.path.lexists(path)
+    try:
+        # Without O_NONBLOCK, a FIFO that nobody reads would block the call.
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK))
+        if is_new:
+            os.unlink(path)
+    except (OSError, ValueError) as failure:
+        reason = failure.strerror if isinstance(failure, OSError) else failure
+        raise ConfigError(f"--{flag}: cannot write {path}: {reason}") from None
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result, its `environment` included, as JSON with a line for each row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps({**result, "results": []}, indent=2)
     rows = ",\n    ".join(json.dumps(row) for row in result["results"])
     empty = '"results": []'

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from janus_bench.figures import draw_schedules
 from janus_bench.optimum import least_a_max
-from janus_bench.report import RESULTS, check_folder, environment, write_result
+from janus_bench.report import RESULTS, check_output, environment, write_result
 from janus_bench.routing_traces import RECORDED, RoutingSample, SyntheticRouting, read_routing
 from janus_kernels.activation_schedule import ActivationSchedule, activation_schedule
 from janus_kernels.replica_table import Policy, ReplicaTable, replica_table
@@ -160,7 +160,7 @@ def command(argv: Sequence[str]) -> int:
     workers = 8 if 8 in config.workers else config.workers[0]
     for shape in config.shapes:
         console.print(_table(shape, [row for row in rows if row["shape"] == shape], workers))
-    output = Path(config.output or RESULTS / f"schedule-{config.device}.json")
+    output = _output(config)
     configuration = dataclasses.asdict(config) | {
         "models": {name: dataclasses.asdict(SHAPES[name]) for name in config.shapes}
     }
@@ -186,11 +186,19 @@ def _check(config: ScheduleBenchConfig) -> None:
     if not (config.shapes and config.batches and config.workers and config.slots):
         raise ConfigError("--shapes, --batches, --workers and --slots each need a value")
     given_costs(ScheduleConfig(expert_us=config.expert_us, pair_us=config.pair_us))
-    check_folder("output", config.output)
     if config.device not in ("cpu", "cuda"):
         raise ConfigError(f"--device must be cpu or cuda, not {config.device}")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU")
+    output = _output(config)
+    if output.suffix == ".svg":
+        raise ConfigError(f"--output is the JSON file, not the figure: {output}")
+    check_output("output", str(output))
+    check_output("output", str(output.with_suffix(".svg")))
+
+
+def _output(config: ScheduleBenchConfig) -> Path:
+    return Path(config.output or RESULTS / f"schedule-{config.device}.json")
 
 
 def _measure(

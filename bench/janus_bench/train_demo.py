@@ -14,21 +14,27 @@ Shapes: B sequences, T tokens. The schedule follows the clock, so that the learn
 down to zero when the minutes are over, whatever the machine.
 """
 
-import argparse
 import copy
 import math
 import pydoc_data.topics
+import sys
 import sysconfig
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from janus_bench.report import check_output
+from janus_server.bounds import Between, Threads
+from janus_server.cli import run
+from janus_server.command_line import parse
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 2048
@@ -38,36 +44,55 @@ BATCH = 8
 PEAK_LEARNING_RATE = 2.5e-3
 WARM_UP = 0.02
 """Share of the training time in which the learning rate rises."""
-PRESETS = {
+Preset = Literal["demo", "routing"]
+PRESETS: dict[Preset, dict[str, int]] = {
     "demo": {"num_hidden_layers": 4, "num_experts": 32, "num_experts_per_tok": 4},
     "routing": {"num_hidden_layers": 6, "num_experts": 64, "num_experts_per_tok": 8},
 }
 """What differs between the models. They have 6 M and 16 M parameters, most of them in experts."""
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """Train the demo checkpoint, or a model to record routing from."""
+
+    output: str
+    """Folder to write."""
+
+    preset: Preset = "demo"
+    """Model shape."""
+
+    minutes: Annotated[float, Between(0.001, 10_000)] = 36.0
+    """Time to train."""
+
+    threads: Threads = 1
+    """CPU threads."""
+
+    seed: Annotated[int, Between(0, 2**62)] = 0
+    """Seed of the weights and of the order of the texts."""
+
+
+def command(argv: Sequence[str]) -> int:
     """Train, judge and write the checkpoint."""
-    parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="demo", help="model shape")
-    parser.add_argument("--minutes", type=float, default=36.0, help="time to train")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.manual_seed(arguments.seed)
-    torch.set_num_threads(arguments.threads)
+    config = parse(TrainingConfig, argv, prog="python -m janus_bench.train_demo")
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_output("output", str(folder / "config.json"))
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads)
     training, held_out = read_corpus()
     tokenizer = train_tokenizer(training)
-    model = Qwen3MoeForCausalLM(model_config(tokenizer, PRESETS[arguments.preset]))
+    model = Qwen3MoeForCausalLM(model_config(tokenizer, PRESETS[config.preset]))
     model.set_experts_implementation("grouped_mm")
     tokens_N = encode(tokenizer, training)
-    seen = train(model, tokens_N, seconds=60 * arguments.minutes)
-    save(model, tokenizer, arguments.output)
+    seen = train(model, tokens_N, seconds=60 * config.minutes)
+    save(model, tokenizer, folder)
     bits_per_byte, skew = judge(model, tokenizer, held_out)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"parameters: {millions:.2f} M; tokens seen: {seen / 1e6:.2f} M")
     print(f"held-out bits per byte: {bits_per_byte:.3f}")
     print("busiest expert against the mean, by layer:", " ".join(f"{x:.2f}" for x in skew))
+    return 0
 
 
 def read_corpus() -> tuple[list[str], list[str]]:
@@ -221,4 +246,4 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: Tokenizer, folder: Path) -> None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("train_demo", command))

@@ -1,6 +1,6 @@
 """The `janus` command: finds its sub-commands by name, runs one, turns errors into sentences.
 
-Modules that take time to import are imported inside `main`, where Ctrl-C is handled.
+Modules that take time to import are imported inside `run`, where Ctrl-C is handled.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from janus_server.errors import JanusError, sentence_of
 from janus_server.standard_streams import end_output, open_closed_streams
+from janus_server.surroundings import check_surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,10 +47,15 @@ first steps:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `janus` with these arguments (default: the process's own); returns the exit status."""
+    return run("janus", _run, argv)
+
+
+def run(name: str, command: Command, argv: Sequence[str] | None = None) -> int:
+    """Run a command and turn its errors into sentences of `name`; returns the exit status."""
     open_closed_streams()
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        status = _run(arguments)
+        check_surroundings()
+        status = command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -61,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentence = sentence_of(error)
         if sentence is None:
             raise
-        print(f"janus: {sentence}", file=sys.stderr)
+        print(f"{name}: {sentence}", file=sys.stderr)
         end_output()
         return _EXIT_ERROR
 
@@ -72,17 +78,17 @@ def summarize(name: str, command: Command) -> str:
     return f"  {name:<12}{summary}"
 
 
-def _run(arguments: list[str]) -> int:
+def _run(argv: Sequence[str]) -> int:
     import importlib.metadata
 
     commands = {entry.name: entry for entry in importlib.metadata.entry_points(group=_GROUP)}
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(_help(commands), end="")
-        return 0 if arguments else _EXIT_USAGE
-    if arguments[0] == "--version":
+        return 0 if argv else _EXIT_USAGE
+    if argv[0] == "--version":
         print(f"janus {importlib.metadata.version('janus-moe')}")
         return 0
-    name, *rest = arguments
+    name, *rest = argv
     if name not in commands:
         return _complain_about(name, commands)
     return _load(commands[name])(rest)

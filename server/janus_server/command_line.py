@@ -7,7 +7,9 @@ Invariant: `parse(cls, to_argv(config)) == config` for a config whose numbers ar
 
 import dataclasses
 import inspect
+import os
 import re
+import shutil
 import textwrap
 import typing
 from collections import deque
@@ -28,6 +30,8 @@ _CONFIG_NOTE = (
     "the key max_context. A flag on the command line wins over the file."
 )
 _HELP_WIDTH = 78
+_MIN_COLUMNS = 20
+"""tyro lays text out for ever on fewer than five."""
 _FLAG = re.compile("-(-|[a-zA-Z])")
 
 
@@ -66,6 +70,8 @@ def parse(cls: type[ConfigT], argv: Sequence[str], *, prog: str) -> ConfigT:
         for argument in _flag(key, value)
     ]
     default: Any = _with_defaults(cls, defaults) if defaults else None
+    if shutil.get_terminal_size().columns < _MIN_COLUMNS:
+        os.environ["COLUMNS"] = str(_MIN_COLUMNS)  # tyro takes no width but that of the terminal
     config: ConfigT = tyro.cli(
         cls,
         args=[*flags, *argv],

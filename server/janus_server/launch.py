@@ -16,7 +16,7 @@ from janus_server.cluster import running_cluster
 from janus_server.cluster_plan import check_config
 from janus_server.command_line import parse
 from janus_server.config import ServeConfig
-from janus_server.process import check_surroundings, on_stop_signals
+from janus_server.process import on_stop_signals
 from janus_server.standard_streams import say
 from janus_server.telemetry import configure_logging
 
@@ -34,7 +34,6 @@ def command(argv: Sequence[str]) -> int:
     """
     config = parse(ServeConfig, argv, prog="janus serve")
     configure_logging("serve", config.log_level)
-    check_surroundings()
     check_config(config)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         number = runner.run(_serve_until_signal(config))

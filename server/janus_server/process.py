@@ -7,7 +7,6 @@ process has one (`lifeline.py`), else SIGTERM, SIGINT and SIGHUP.
 import asyncio
 import logging
 import os
-import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,21 +16,16 @@ from typing import NoReturn, Protocol, TypeVar
 import uvloop
 
 from janus_server import command_line
-from janus_server.errors import ConfigError, JanusError, sentence_of
+from janus_server.errors import JanusError, sentence_of
 from janus_server.lifeline import Lifeline
 from janus_server.standard_streams import open_closed_streams, say
+from janus_server.surroundings import check_surroundings
 from janus_server.telemetry import LogLevel, configure_logging
 
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 """The signals that ask for an end."""
-
-_MIN_OPEN_FILES = 128
-"""A process has one for each connection, and gRPC aborts where it can open none."""
-_ENOUGH_OPEN_FILES = 2**16
-_MIN_ADDRESS_SPACE = 2 * 2**30
-"""Bytes that torch and the threads of gRPC take, before any weight is read."""
 
 _ANNOUNCEMENT = "listening "
 
@@ -85,31 +79,6 @@ def run(
     # The interpreter's own exit would abort, with a core dump, on a thread that is inside C++.
     logging.shutdown()
     os._exit(status)
-
-
-def check_surroundings() -> None:
-    """Raise the limit of open files, and refuse what no process can work with.
-
-    Raises ConfigError.
-    """
-    try:
-        os.getcwd()
-    except OSError:  # libraries that torch loads end the process
-        raise ConfigError("the working directory is gone; start from one that exists") from None
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = _ENOUGH_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_OPEN_FILES)
-    if resource.RLIM_INFINITY != soft < limit:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    if limit < _MIN_OPEN_FILES:
-        raise ConfigError(
-            f"a process may open {limit} files here (ulimit -n), fewer than {_MIN_OPEN_FILES}"
-        )
-    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if resource.RLIM_INFINITY != address_space < _MIN_ADDRESS_SPACE:
-        raise ConfigError(
-            f"a process may address {address_space} bytes here (ulimit -v), fewer than "
-            f"{_MIN_ADDRESS_SPACE}"
-        )
 
 
 def announce(address: str, config: ProcessConfig) -> None:

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from janus_bench.offline import command
+from janus_server.errors import ConfigError
 from tests.conftest import CheckpointFactory
 from tests.fakes.serving import run_janus
 
@@ -17,6 +19,25 @@ def test_names_the_benches_there_are() -> None:
     result = run_janus("bench", "online")
     assert result.returncode == 1
     assert result.stderr == "janus: there is no bench 'online'; there are: offline, schedule\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--dtypes", "fp8"], "--dtypes must be of bf16, fp32, not fp8"),
+        (["--dtypes"], "--dtypes and --batches each need a value"),
+        (["--batches"], "--dtypes and --batches each need a value"),
+        (["--new-tokens", "1"], "--new-tokens must be at least 2, not 1"),
+        (["--prompt-tokens", "1020"], "are 1084 together, more than the model's context of 1024"),
+        (["--output", "/"], "--output: cannot write /: Is a directory"),
+        (["--output", "/nowhere/x.json"], "--output: cannot write /nowhere/x.json: No such file"),
+    ],
+)
+def test_refuses_with_a_sentence(
+    flags: list[str], sentence: str, make_checkpoint: CheckpointFactory
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        command(["--checkpoint", str(make_checkpoint()), *flags])
 
 
 @pytest.mark.e2e

@@ -63,6 +63,13 @@ def test_compares_policies(capsys: pytest.CaptureFixture[str]) -> None:
         (["--workers", "40"], "more expert workers than experts"),
         (["--plot", "figure.gif"], "ends in .png or .svg"),
         (["--policy", "all", "--output", "x.json"], "need one --policy"),
+        (["--output", "/"], "--output: cannot write /: Is a directory"),
+        (["--output", "/nowhere/x.json"], "--output: cannot write /nowhere/x.json: No such file"),
+        (["--output", "x.svg", "--plot", "x.svg"], "--output and --plot name the same file"),
+        (
+            ["--samples", "16385", "--batch", "1024"],
+            "must be at most 16777216 tokens, not 16778240",
+        ),
         (["--trace", "/nowhere.npz"], "cannot read /nowhere.npz: No such file"),
     ],
 )

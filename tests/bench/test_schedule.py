@@ -44,6 +44,8 @@ def test_exact_is_the_optimum_and_none_the_baseline(
         (["--batches", "64", "0"], "--batches must be at least 1, not 0"),
         (["--device", "tpu"], "--device must be cpu or cuda"),
         (["--device", "cuda"], "torch finds no GPU"),
+        (["--output", "/"], "--output: cannot write /: Is a directory"),
+        (["--output", "x.svg"], "--output is the JSON file, not the figure: x.svg"),
     ],
 )
 def test_refuses_with_a_sentence(flags: list[str], sentence: str) -> None:

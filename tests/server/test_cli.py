@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,22 @@ def test_an_unknown_command(name: str, hint: str, capsys: pytest.CaptureFixture[
 def test_an_error_for_users_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "/nowhere"]) == 1
     assert capsys.readouterr().err == "janus: no checkpoint folder at /nowhere\n"
+
+
+@pytest.mark.parametrize("argv", [["serve", "x"], ["placement", "--help"], ["bench"], ["--help"]])
+def test_every_command_needs_a_working_directory(
+    argv: Sequence[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(argv) == 1
+    sentence = "the working directory is gone; start from one that exists"
+    assert capsys.readouterr() == ("", f"janus: {sentence}\n")
 
 
 def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:

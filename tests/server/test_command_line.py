@@ -297,3 +297,13 @@ def test_help_explains_the_config_file(capsys: pytest.CaptureFixture[str]) -> No
     text = capsys.readouterr().out
     assert "--config FILE.toml" in text
     assert "PATH_TO_CHECKPOINT" in text
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--no-such-flag"], ["x", "--choice", "z"]])
+def test_help_and_complaints_end_on_a_terminal_of_one_column(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1")
+    with pytest.raises(SystemExit):
+        parse(Outer, argv, prog="p")
+    assert "".join(capsys.readouterr())

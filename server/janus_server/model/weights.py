@@ -12,7 +12,12 @@ from safetensors import SafetensorError, safe_open
 from janus_server.errors import CheckpointError, ConfigError
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import ModelConfig
+from janus_server.model.cpu import give_back_freed_memory
 from janus_server.model.stored_tensors import StoredTensor
+
+_GIVE_BACK_BYTES = 2**28
+"""Once so much was read, gaps between the weights are given back to the system: they would grow to
+a third of all weights."""
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -49,6 +54,8 @@ class WeightReader:
         self._open_shards: dict[Path, Any] = {}
         self._first_read: dict[Path, StoredTensor] = {}
         """The first tensor that was asked for, of each shard."""
+        self._bytes_read = 0
+        """Since memory was last given back."""
 
     def __enter__(self) -> "WeightReader":
         return self
@@ -61,6 +68,7 @@ class WeightReader:
     ) -> None:
         self._open_shards.clear()
         self._stack.close()
+        give_back_freed_memory()
         # A change also explains an error that there may be.
         for tensor in self._first_read.values():
             tensor.check_unchanged()
@@ -71,6 +79,10 @@ class WeightReader:
         Raises CheckpointError where it cannot be read, or holds values that are no numbers.
         """
         stored = self.checkpoint.tensors[name]
+        self._bytes_read += stored.num_bytes
+        if self._bytes_read > _GIVE_BACK_BYTES:
+            give_back_freed_memory()
+            self._bytes_read = 0
         path = stored.path
         try:
             if path not in self._open_shards:

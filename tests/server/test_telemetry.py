@@ -1,5 +1,7 @@
 import asyncio
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +10,25 @@ from janus_server import telemetry
 from janus_server.grpc_server import start_server
 from tests.fakes.http2 import raw_connection
 
+SENDS_BAD_HEADERS = """
+import asyncio
+from janus_server.grpc_server import start_server
+from tests.fakes.http2 import raw_connection
+
+async def check():
+    server = await start_server(lambda grpc_server: None, [], "127.0.0.1:0")
+    async with raw_connection(server.address) as connection:
+        bad = [(b":status", b"x"), (b"grpc-timeout", b"x")] * 100
+        await connection.call(1, b"/grpc.health.v1.Health/Check", b"", headers=bad)
+        async for frame in connection.frames():
+            if frame.stream == 1:
+                break
+        else:
+            raise AssertionError("the call was not answered")
+    await server.stop(0)
+
+asyncio.run(asyncio.wait_for(check(), 20))
+"""
 CYGRPC = logging.getLogger("grpc._cython.cygrpc")
 
 
@@ -49,6 +70,14 @@ def test_a_client_cannot_fill_the_log_with_tracebacks(
     assert ["Invalid encoding" in message for message in caplog.messages] == (
         [] if is_configured else [True]
     )
+
+
+def test_a_client_cannot_fill_the_log_with_headers_that_grpc_cannot_read() -> None:
+    # In a process of its own: gRPC's core reads its settings once.
+    finished = subprocess.run(
+        [sys.executable, "-c", SENDS_BAD_HEADERS], capture_output=True, text=True, timeout=60
+    )
+    assert (finished.returncode, finished.stderr) == (0, "")
 
 
 def test_what_else_grpc_says_is_logged(configured: None, caplog: pytest.LogCaptureFixture) -> None:

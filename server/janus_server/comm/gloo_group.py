@@ -6,6 +6,7 @@ then.
 """
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -17,12 +18,15 @@ import torch.distributed as dist
 from janus_server.addresses import first_address, split_address
 from janus_server.comm.base import PendingTransfer
 from janus_server.comm.epoch import GroupConfig
+from janus_server.comm.listening_sockets import admit_no_more, listening_sockets
 from janus_server.errors import PeerLostError
 
 _CPP_PLACE = re.compile(r"^\[[^\]]*\.cc:\d+\] ")
 _CLOSED_HERE = "Application timeout caused pair closure"
 _UNUSED_TAG = 2**30
 """Nothing is ever sent under it."""
+_making_device = threading.Lock()
+"""So that a device is known to have opened the sockets that began to listen meanwhile."""
 
 
 class GroupClosedError(PeerLostError):
@@ -47,7 +51,10 @@ def join_group(config: GroupConfig) -> Group:
     host, port = split_address(config.store_address)
     options = gloo._Options()
     options._timeout = timedelta(seconds=config.timeout_s)
-    options._devices = [gloo.create_device(hostname=first_address(config.own_host))]
+    with _making_device:
+        others = listening_sockets()
+        options._devices = [gloo.create_device(hostname=first_address(config.own_host))]
+        listeners = listening_sockets() - others
     size = config.num_attention + config.num_experts
     join_timeout = timedelta(seconds=config.join_timeout_s)
     with peer_errors(f"while the group {config.prefix} was forming"):
@@ -59,6 +66,8 @@ def join_group(config: GroupConfig) -> Group:
         store.set(f"arrived-{config.rank}", "")
         store.wait([f"arrived-{rank}" for rank in range(size)], join_timeout)
         group: Group = gloo(store, config.rank, size, options)
+    for descriptor, _ in listeners:
+        admit_no_more(descriptor)
     return group
 
 

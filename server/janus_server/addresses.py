@@ -6,6 +6,9 @@ import socket
 
 from janus_server.errors import ConfigError
 
+_DIAL_TIMEOUT_S = 10.0
+"""How long this machine may take to accept a connection of its own."""
+
 
 def split_address(address: str) -> tuple[str, int]:
     """Split HOST:PORT ("[::1]:80" for IPv6, brackets kept); raises ConfigError where it is not."""
@@ -44,6 +47,17 @@ def check_can_listen(listen: str) -> tuple[str, int]:
         reason = "the port is in use" if in_use else _reason(errors[0])
         raise ConfigError(f"cannot listen on {listen}: {reason}")
     return host, port
+
+
+def check_can_dial(host: str) -> None:
+    """Raises ConfigError where this machine cannot reach a socket that listens on its `host`."""
+    try:
+        with listening_socket(host) as server:
+            socket.create_connection(server.getsockname()[:2], _DIAL_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"this machine cannot reach itself at {host} ({_reason(error)}); is its network up?"
+        ) from None
 
 
 def is_wildcard(host: str) -> bool:

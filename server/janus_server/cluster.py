@@ -32,7 +32,7 @@ from janus_server.command_line import to_argv
 from janus_server.config import ServeConfig
 from janus_server.errors import ConfigError, JanusError, PeerLostError, UnavailableError
 from janus_server.grpc_server import channel_options
-from janus_server.model.memory import free_memory
+from janus_server.model.memory import free_address_space, free_memory
 from janus_server.supervisor import Child, Supervisor
 
 T = TypeVar("T")
@@ -175,7 +175,12 @@ class _Lifecycle:
         config = with_secret_file(self._config, f"/dev/fd/{secret_fd}")
         spawn = functools.partial(self._spawn, secret_fd)
         gpus_free = await _free_gpu_memory() if config.model.device == "cuda" else []
-        config = fit_memory(config, free=free_memory(), gpus_free=gpus_free)
+        config = fit_memory(
+            config,
+            free=free_memory(),
+            address_space=free_address_space(),
+            gpus_free=gpus_free,
+        )
         self._controller = await spawn(
             "controller", "janus_server.controller", to_argv(controller_config(config)), True
         )

@@ -9,13 +9,19 @@ from janus_server.config import ServeConfig
 from janus_server.controller.placement import first_placement
 from janus_server.experts.memory import expert_needs
 from janus_server.model.checkpoint import Checkpoint
-from janus_server.model.memory import PROCESS_BYTES, MemoryNeeds, check_fits
+from janus_server.model.memory import (
+    ADDRESS_SPACE,
+    PROCESS_BYTES,
+    UNLIMITED,
+    MemoryNeeds,
+    check_fits,
+)
 from janus_server.monolith.memory import monolith_needs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Memory:
-    """One memory: this machine's, or a GPU's."""
+    """One memory: this machine's, a GPU's, or what the addresses of one process allow."""
 
     where: str
     free: int
@@ -26,13 +32,24 @@ class _Memory:
     """Attention workers among them."""
 
 
-def fit_memory(config: ServeConfig, *, free: int, gpus_free: Sequence[int] = ()) -> ServeConfig:
+def fit_memory(
+    config: ServeConfig,
+    *,
+    free: int,
+    address_space: int = UNLIMITED,
+    gpus_free: Sequence[int] = (),
+) -> ServeConfig:
     """The same with a size for the KV cache of each attention worker, where it names none.
 
-    `free` are the bytes that this machine has to give, `gpus_free` those of its GPUs, which the
-    workers take in turn. Raises ConfigError where the processes do not fit.
+    `free` are the bytes that this machine has to give, `address_space` those that each process can
+    take at most, `gpus_free` those of its GPUs, which the workers take in turn. Raises ConfigError
+    where the processes do not fit.
     """
     checkpoint = Checkpoint.open(config.model.checkpoint)
+
+    def memories(config: ServeConfig) -> list[_Memory]:
+        return _memories(config, checkpoint, free, address_space, gpus_free)
+
     if not config.engine.kv_cache_gib:
         sizes = [
             free_kv_bytes(
@@ -43,19 +60,23 @@ def fit_memory(config: ServeConfig, *, free: int, gpus_free: Sequence[int] = ())
                 needs=memory.needs,
                 num_sharing=memory.num_attention,
             )
-            for memory in _memories(config, checkpoint, free, gpus_free)
+            for memory in memories(config)
             if memory.num_attention
         ]
         # Equal for all, as the endpoint treats them alike.
         engine = with_kv_bytes(config.engine, min(sizes, default=0))
         config = dataclasses.replace(config, engine=engine)
-    for memory in _memories(config, checkpoint, free, gpus_free):
+    for memory in memories(config):
         check_fits(memory.needs, free=memory.free, where=memory.where)
     return config
 
 
 def _memories(
-    config: ServeConfig, checkpoint: Checkpoint, free: int, gpus_free: Sequence[int]
+    config: ServeConfig,
+    checkpoint: Checkpoint,
+    free: int,
+    address_space: int,
+    gpus_free: Sequence[int],
 ) -> list[_Memory]:
     workers = _worker_needs(config, checkpoint)
     num_attention, num_gpus = config.pools.attention_workers, len(gpus_free)
@@ -69,7 +90,16 @@ def _memories(
                 free=free,
                 needs=[*workers, *others],
                 num_attention=num_attention,
-            )
+            ),
+            *(
+                _Memory(
+                    where=ADDRESS_SPACE,
+                    free=address_space,
+                    needs=[worker],
+                    num_attention=int(index < num_attention),
+                )
+                for index, worker in enumerate(workers)
+            ),
         ]
     beside = [MemoryNeeds(name=worker.name, process=PROCESS_BYTES["cuda"]) for worker in workers]
     return [

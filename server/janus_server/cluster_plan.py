@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from janus_server.addresses import check_can_listen
+from janus_server.addresses import check_can_dial, check_can_listen, split_address
 from janus_server.attention.config import AttentionConfig
 from janus_server.comm.authentication import read_secret
 from janus_server.command_line import to_argv
@@ -19,6 +19,7 @@ from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import context_limit
 from janus_server.monolith.config import MonolithConfig
 from janus_server.process import ProcessConfig
+from janus_server.surroundings import check_threads, threads_of_process
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +42,15 @@ def check_config(config: ServeConfig) -> None:
     given_costs(config.schedule)
     context_limit(checkpoint.spec, config.engine.max_context)
     check_tokenizer(checkpoint)
-    check_can_listen(config.admission.listen)
+    listen_host, _ = check_can_listen(config.admission.listen)
+    controller_host, _ = split_address(controller_config(config).listen)
+    for host in (listen_host, controller_host):
+        check_can_dial(host)
     read_secret(config.comm)
+    num_workers = len(worker_processes(config, "", num_devices=1))
+    # `janus serve` itself, controller and endpoint compute nothing.
+    num_threads = num_workers * threads_of_process(config.threads) + 3 * threads_of_process()
+    check_threads(f"the {num_workers + 3} processes of this server run", num_threads)
 
 
 def with_secret_file(config: ServeConfig, path: str) -> ServeConfig:

@@ -1,5 +1,7 @@
 """Errors that cross a process or API boundary; each carries one sentence that a user can act on."""
 
+import re
+
 
 class JanusError(Exception):
     """Base of what is reported as a sentence, never as a traceback.
@@ -27,6 +29,10 @@ def sentence_of(error: BaseException) -> str | None:
         return "there is no memory left"
     if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
         return "no thread can be started: see the limits of the system (ulimit -u and -v)"
+    # As torch says for memory of a CPU and of a GPU.
+    asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+    if isinstance(error, RuntimeError) and asked:
+        return f"there is no memory left for {asked[1]} more (see also ulimit -v)"
     return None
 
 

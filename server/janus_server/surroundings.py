@@ -1,7 +1,10 @@
 """What a process finds where it starts, before it imports torch."""
 
+import _thread
+import contextlib
 import os
 import resource
+import threading
 
 from janus_server.errors import ConfigError
 
@@ -10,6 +13,8 @@ _MIN_OPEN_FILES = 128
 _ENOUGH_OPEN_FILES = 2**16
 _MIN_ADDRESS_SPACE = 2 * 2**30
 """Bytes that torch and the threads of gRPC take, before any weight is read."""
+_PROBE_STACK_BYTES = 256 * 2**10
+"""A thread that only waits needs little; torch keeps some of it for variables of threads."""
 
 
 def check_surroundings() -> None:
@@ -35,3 +40,48 @@ def check_surroundings() -> None:
             f"a process may address {address_space} bytes here (ulimit -v), fewer than "
             f"{_MIN_ADDRESS_SPACE}"
         )
+    check_threads("a process runs", threads_of_process())
+
+
+def threads_of_process(computing: int = 0) -> int:
+    """How many threads a process runs at most, about, where `computing` of them compute."""
+    num_cpus = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        num_cpus = len(os.sched_getaffinity(0))
+    grpc_pool, openblas_pool = min(max(num_cpus, 4), 16), min(num_cpus, 64)
+    return 10 + grpc_pool + openblas_pool + 2 * computing
+
+
+def check_threads(who: str, num_threads: int) -> None:
+    """Refuse where the system lets fewer threads be started; raises ConfigError.
+
+    They are started for that: the limits count other processes of the user or container too. gRPC
+    aborts where it can start none. `who` begins the sentence.
+    """
+    num_started = _start_threads(num_threads)
+    if num_started < num_threads:
+        raise ConfigError(
+            f"{who} up to {num_threads} threads, and only {num_started} more can be started here "
+            "(ulimit -u, or pids.max of the cgroup)"
+        )
+
+
+def _start_threads(num_threads: int) -> int:
+    """Start so many threads and end them; returns how many could be started."""
+    end = threading.Lock()
+
+    def wait() -> None:
+        with end:
+            pass
+
+    stack_bytes = threading.stack_size(_PROBE_STACK_BYTES)
+    num_started = 0
+    try:
+        with end, contextlib.suppress(RuntimeError):
+            while num_started < num_threads:
+                # Objects of `threading` wait for each other, which takes 50 times as long.
+                _thread.start_new_thread(wait, ())
+                num_started += 1
+    finally:
+        threading.stack_size(stack_bytes)
+    return num_started

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from janus_server.addresses import (
     advertised_host,
+    check_can_dial,
     check_can_listen,
     check_host,
     first_address,
@@ -47,6 +48,18 @@ def test_an_unknown_host_is_one_sentence(host: str) -> None:
             check(f"{host}:80")
     with pytest.raises(ConfigError, match=f"^there is no host {host}$"):
         advertised_host(host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_this_machine_reaches_itself(host: str) -> None:
+    check_can_dial(host)
+
+
+def test_a_host_that_cannot_be_reached_is_one_sentence() -> None:
+    # Sockets may listen on a multicast address, but TCP reaches none.
+    sentence = r"^this machine cannot reach itself at 224\.0\.0\.1 \(.+\); is its network up\?$"
+    with pytest.raises(ConfigError, match=sentence):
+        check_can_dial("224.0.0.1")
 
 
 def test_an_address_of_another_machine_is_one_sentence() -> None:

@@ -56,6 +56,29 @@ def test_shares_are_within_what_is_free_and_grow_with_it(
         assert fit_memory(asked, free=free) == asked
 
 
+@given(transport=transports, free=free_bytes, address_space=free_bytes)
+def test_no_worker_takes_more_than_its_addresses_allow(
+    folder: Path, transport: Any, free: int, address_space: int
+) -> None:
+    config = serve_config(folder, transport=transport)
+    size = kv_bytes(config, free=free, address_space=address_space)
+    assert 2 * size <= address_space
+    assert size == min(
+        kv_bytes(config, free=free, address_space=2**50),
+        kv_bytes(config, free=2**50, address_space=address_space),
+    )
+
+
+def test_a_kv_cache_beyond_what_addresses_allow_is_one_sentence(folder: Path) -> None:
+    config = serve_config(folder, EngineConfig(kv_cache_gib=5))
+    assert fit_memory(config, free=2**40, address_space=6 * 2**30) == config
+    sentence = (
+        r"attention worker needs .* and the address space of a process \(ulimit -v\) has 4 GiB"
+    )
+    with pytest.raises(ConfigError, match=sentence):
+        fit_memory(config, free=2**40, address_space=4 * 2**30)
+
+
 @pytest.mark.parametrize("transport", ["gloo", "local"])
 @pytest.mark.parametrize(("block_size", "num_blocks"), [(1, 2), (2, 1), (16, 1)])
 def test_a_kv_cache_that_holds_no_request(

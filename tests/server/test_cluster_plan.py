@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from janus_server import surroundings
 from janus_server.attention.config import AttentionConfig, EngineConfig
 from janus_server.cluster_plan import (
     check_config,
@@ -54,6 +55,8 @@ def test_a_config_that_can_work_passes(config: ServeConfig) -> None:
         ({"engine": EngineConfig(max_context=1025)}, "--max-context .* model's 1024, not 1025"),
         ({"admission": AdmissionConfig(listen="50051")}, "is not HOST:PORT"),
         ({"admission": AdmissionConfig(listen="localhost:99999")}, "port of .* is above 65535"),
+        # Sockets may listen on a multicast address, but TCP reaches none.
+        ({"admission": AdmissionConfig(listen="224.0.0.1:0")}, "cannot reach itself at 224.0.0.1"),
     ],
 )
 def test_what_cannot_work_is_one_sentence(
@@ -61,6 +64,16 @@ def test_what_cannot_work_is_one_sentence(
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
         check_config(dataclasses.replace(config, **part))
+
+
+def test_a_system_with_too_few_threads(
+    config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_free = 5 * surroundings.threads_of_process()
+    monkeypatch.setattr(surroundings, "_start_threads", lambda num_threads: num_free)
+    with pytest.raises(ConfigError, match=f"^the 6 processes .* and only {num_free} more can be"):
+        check_config(config)
+    check_config(dataclasses.replace(config, transport="local"))
 
 
 def test_a_damaged_tokenizer(config: ServeConfig, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from janus_server.errors import ConfigError, sentence_of
 
@@ -27,3 +28,13 @@ def test_what_a_user_is_told(error: BaseException, sentence: str | None) -> None
 
 def test_a_system_without_threads_is_one_sentence() -> None:
     assert "no thread can be started" in (sentence_of(RuntimeError("can't start new thread")) or "")
+
+
+def test_memory_that_torch_does_not_get_is_one_sentence() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert sentence_of(caught.value) == (
+        "there is no memory left for 1152921504606846976 bytes more (see also ulimit -v)"
+    )
+    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a")
+    assert "no memory left for 20.50 GiB more" in (sentence_of(gpu) or "")

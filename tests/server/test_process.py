@@ -209,6 +209,11 @@ async def main(config, stop):
             "a process may open 64 files here",
         ),
         ("resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))", "may address 1073741824 bytes"),
+        (
+            # Root is not bound by it.
+            "resource.setrlimit(resource.RLIMIT_NPROC, (3, 3)); os.getuid() or os.setuid(23456)",
+            "more can be started here (ulimit -u",
+        ),
     ],
 )
 def test_surroundings_in_which_nothing_can_work(start, preparation: str, sentence: str) -> None:

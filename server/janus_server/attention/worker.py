@@ -32,7 +32,7 @@ from janus_server.comm.work_thread import WorkThread
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.compute_identity import compute_identity
 from janus_server.model.cpu import use_cpu
-from janus_server.model.gpu import free_device_memory, memory_name
+from janus_server.model.gpu import free_device_memory
 from janus_server.model.memory import MemoryNeeds, check_fits
 from janus_server.model.weights import WeightReader, device_of, dtype_of
 from janus_server.process import announce
@@ -77,13 +77,13 @@ def fit_memory(
     Raises ConfigError where what the worker needs does not fit its device.
     """
     device, engine = device_of(config.model, config.device_index), config.engine
-    free = free_device_memory(device)
+    free, where = free_device_memory(device)
     if not engine.kv_cache_gib:
         kv_bytes = free_kv_bytes(
             spec, engine, config.model, free=free, needs=[needs(engine)], num_sharing=1
         )
         engine = with_kv_bytes(engine, kv_bytes)
-    check_fits([needs(engine)], free=free, where=memory_name(device))
+    check_fits([needs(engine)], free=free, where=where)
     return dataclasses.replace(config, engine=engine)
 
 

@@ -7,6 +7,7 @@ from janus_proto.v1.control_pb2_grpc import add_ControlServiceServicer_to_server
 from janus_server import process
 from janus_server.addresses import (
     advertised_host,
+    check_can_dial,
     check_can_listen,
     first_address,
     join_address,
@@ -47,6 +48,7 @@ async def main(config: ControllerConfig, stop: asyncio.Event) -> None:
     )
     secret = read_secret(config.comm)
     listen_host, _ = check_can_listen(config.listen)
+    check_can_dial(listen_host)
     host = advertised_host(config.advertise_host, config.listen)
     store, store_port = _open_store(listen_host)
     service = ControlService(membership, store_address=join_address(host, store_port))

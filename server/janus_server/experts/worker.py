@@ -23,7 +23,7 @@ from janus_server.experts.weights import load_layers
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.compute_identity import compute_identity
 from janus_server.model.cpu import use_cpu
-from janus_server.model.gpu import free_device_memory, memory_name
+from janus_server.model.gpu import free_device_memory
 from janus_server.model.memory import check_fits
 from janus_server.model.weights import WeightReader, device_of, dtype_of
 
@@ -96,7 +96,8 @@ def _load_runner(
     placement = placement_of(epoch, spec)
     num_tokens = sum(member.max_batch_tokens for member in epoch.attention_workers)
     needs = expert_needs(spec, placement, worker, config.model, num_tokens=num_tokens)
-    check_fits([needs], free=free_device_memory(device), where=memory_name(device))
+    free, where = free_device_memory(device)
+    check_fits([needs], free=free, where=where)
     with WeightReader(checkpoint, dtype=dtype_of(config.model), device=device) as reader:
         layers = load_layers(reader, placement, worker)
     return ExpertRunner(spec, layers, worker=worker, scheduling=scheduling_of(epoch))

@@ -8,22 +8,17 @@ import sys
 
 import torch
 
-from janus_server.model.memory import free_memory
+from janus_server.model.memory import ADDRESS_SPACE, free_address_space, free_memory
 
 
-def free_device_memory(device: torch.device) -> int:
-    """Bytes that this process can still take of the memory in which `device` computes."""
+def free_device_memory(device: torch.device) -> tuple[int, str]:
+    """Bytes that this process can take of the memory of `device`, and whose they are."""
     if device.type == "cpu":
-        return free_memory()
+        return min((free_memory(), "this machine"), (free_address_space(), ADDRESS_SPACE))
     free, _ = torch.cuda.mem_get_info(device)
-    return free
-
-
-def memory_name(device: torch.device) -> str:
-    """The memory in which `device` computes, for messages."""
-    return "this machine" if device.type == "cpu" else f"GPU {device.index}"
+    return free, f"GPU {device.index}"
 
 
 if __name__ == "__main__":
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    json.dump([free_device_memory(gpu) for gpu in gpus], sys.stdout)
+    json.dump([free_device_memory(gpu)[0] for gpu in gpus], sys.stdout)

@@ -4,6 +4,7 @@ Needs are estimates from above. On a CPU the system commits memory only as it is
 too large a KV cache would be noticed by the kernel's out-of-memory killer, hours later.
 """
 
+import resource
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,17 @@ from pathlib import Path
 from janus_server.errors import ConfigError
 
 FP32_BYTES = 4
+UNLIMITED = 2**63
 
 PROCESS_BYTES: Mapping[str, int] = {"cpu": 512 * 2**20, "cuda": 2**30}
 """Interpreter, libraries and compiled code of one worker, by the device on which it computes. On a
 CPU, workers of a small model have 160 to 330 MiB at first, and 470 once every size has run."""
+
+
+_MAPPED_BYTES = 3 * 2**29
+"""Addresses that a process takes beside its memory, for libraries, stacks and arenas of malloc."""
+
+ADDRESS_SPACE = "the address space of a process (ulimit -v)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,14 +75,22 @@ def free_memory(root: Path = Path("/")) -> int:
     """Bytes that processes of this machine, and of this process's cgroups, can still take.
 
     What the system would give up for them, such as cached files, counts as free; swap does not.
-    `root` is where /proc and /sys are.
+    `root` is where /proc and /sys are. Raises ConfigError where they do not say.
     """
     meminfo = _table(root / "proc/meminfo")
+    if "MemAvailable:" not in meminfo:
+        raise ConfigError("/proc/meminfo does not say how much memory is free; is /proc mounted?")
     free = 1024 * meminfo["MemAvailable:"]
     if _number(root / "proc/sys/vm/overcommit_memory") == 2:
         # Reserved memory counts there, written or not.
         free = min(free, 1024 * (meminfo["CommitLimit:"] - meminfo["Committed_AS:"]))
     return max(min([free, *_cgroup_rooms(root)]), 0)
+
+
+def free_address_space() -> int:
+    """Bytes that a process like this one can take, by its limit on addresses, from its start on."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return UNLIMITED if limit == resource.RLIM_INFINITY else max(limit - _MAPPED_BYTES, 0)
 
 
 def shown_bytes(size: int) -> str:

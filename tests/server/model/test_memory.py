@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -6,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from janus_server.errors import ConfigError
-from janus_server.model.memory import MemoryNeeds, check_fits, free_memory, together
+from janus_server.model.memory import UNLIMITED, MemoryNeeds, check_fits, free_memory, together
 
 GIB = 2**30
 MIB = 2**20
@@ -59,6 +61,25 @@ def v2(group: str, *, limit: str, usage: int, cached: int = 0, high: str = "max"
 
 def test_without_cgroups_all_that_is_available(tmp_path: Path) -> None:
     assert free_memory(machine(tmp_path, {})) == 20 * GIB
+
+
+def test_a_machine_that_does_not_say_what_is_free(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^/proc/meminfo does not say .* is /proc mounted\?$"):
+        free_memory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"),
+    [("resource.RLIM_INFINITY", UNLIMITED), (str(GIB), 0), (str(8 * GIB), 6.5 * GIB)],
+)
+def test_what_the_limit_on_addresses_leaves(limit: str, free: int) -> None:
+    source = (
+        "import resource; from janus_server.model.memory import free_address_space; "
+        f"resource.setrlimit(resource.RLIMIT_AS, ({limit}, resource.RLIM_INFINITY)); "
+        "print(free_address_space())"
+    )
+    output = subprocess.run([sys.executable, "-c", source], check=True, stdout=subprocess.PIPE)
+    assert int(output.stdout) == free
 
 
 def test_this_machine_has_some() -> None:

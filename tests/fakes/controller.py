@@ -1,9 +1,10 @@
-"""A controller's membership for a small model."""
+"""A controller's membership, for a small model unless said otherwise."""
 
 from typing import Any
 
 from janus_proto.v1 import control_pb2
 from janus_proto.v1.control_pb2 import RegisterRequest
+from janus_scheduler.model_spec import ModelSpec
 from janus_server.comm.config import CommConfig
 from janus_server.controller.config import PoolConfig, ScheduleConfig
 from janus_server.controller.membership import Membership
@@ -12,12 +13,19 @@ from janus_server.controller.registration import Deployment
 from tests.fakes.model_specs import SMALL_SPEC
 
 
-def members_of(pools: PoolConfig, schedule: ScheduleConfig | None = None) -> Membership:
-    placement = first_placement(pools, SMALL_SPEC) if pools.expert_workers else None
+def members_of(
+    pools: PoolConfig,
+    schedule: ScheduleConfig | None = None,
+    *,
+    spec: ModelSpec = SMALL_SPEC,
+    fingerprint: str = "same",
+    dtype: str = "bf16",
+) -> Membership:
+    placement = first_placement(pools, spec) if pools.expert_workers else None
     return Membership(
         deployment=Deployment(
-            fingerprint="same",
-            dtype="bf16",
+            fingerprint=fingerprint,
+            dtype=dtype,
             comm_timeout_s=CommConfig().comm_timeout_s,
             has_expert_workers=pools.expert_workers > 0,
         ),

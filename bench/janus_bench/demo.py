@@ -29,9 +29,11 @@ from janus_server.config import ServeConfig
 from janus_server.controller.config import PoolConfig
 from janus_server.controller.membership import HEARTBEAT_INTERVAL_S
 from janus_server.endpoint.config import AdmissionConfig
-from janus_server.errors import JanusError, UnavailableError
+from janus_server.errors import ConfigError, JanusError, UnavailableError
 from janus_server.grpc_server import channel_options
+from janus_server.input_file import is_there
 from janus_server.launch import describe_worker, startup_progress
+from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import ModelConfig
 from janus_server.telemetry import configure_logging
 
@@ -104,9 +106,22 @@ def command(argv: Sequence[str]) -> int:
         admission=AdmissionConfig(listen="127.0.0.1:0"),
     )
     check_config(config)
+    _check(demo)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_demo(demo, config, Console()))
     return 0
+
+
+def _check(demo: DemoConfig) -> None:
+    checkpoint = Checkpoint.open(demo.checkpoint)
+    if not is_there(checkpoint.path / "tokenizer.json"):
+        raise ConfigError(f"{demo.checkpoint} has no tokenizer.json, and the prompts are texts")
+    context = checkpoint.spec.max_context
+    if demo.max_tokens >= context:
+        raise ConfigError(
+            f"--max-tokens must be less than the model's context of {context}, not "
+            f"{demo.max_tokens}"
+        )
 
 
 async def _demo(demo: DemoConfig, config: ServeConfig, console: Console) -> None:

@@ -49,7 +49,7 @@ class PlacementConfig:
     batch: Annotated[int, Between(1, 2**16)] = 64
     """Tokens of a decode batch, over all requests: search and the expected a_max are for it."""
 
-    samples: Annotated[int, Between(1, 2**20)] = 200
+    samples: Annotated[int, Between(1, 2**16)] = 200
     """Batches drawn to judge a layer."""
 
     nodes: Annotated[int, Between(1, 1024)] = 1

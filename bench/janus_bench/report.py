@@ -50,9 +50,8 @@ def check_output(flag: str, path: str) -> None:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK))
         if is_new:
             os.unlink(path)
-    except (OSError, ValueError) as failure:
-        reason = failure.strerror if isinstance(failure, OSError) else failure
-        raise ConfigError(f"--{flag}: cannot write {path}: {reason}") from None
+    except OSError as failure:
+        raise ConfigError(f"--{flag}: cannot write {path}: {failure.strerror}") from None
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

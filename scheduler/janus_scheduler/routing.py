@@ -14,6 +14,9 @@ from janus_scheduler.placement import LayerReplicas
 ExpertIds = npt.NDArray[np.integer]
 """[N, K]: the distinct experts of each token of one layer."""
 
+_CHUNK_TOKENS = 2**14
+"""Spread over all experts at once; long traces would fill the memory."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpectedLoad:
@@ -36,10 +39,13 @@ def expert_counts(ids_NK: ExpertIds, num_experts: int) -> npt.NDArray[np.int64]:
 
 def coactivation(ids_NK: ExpertIds, num_experts: int) -> npt.NDArray[np.int64]:
     """Tokens that chose both experts, [E, E]; 0 on the diagonal."""
-    # NumPy multiplies integer matrices slowly; float32 is exact up to 2**24 tokens.
-    chosen_NE = np.zeros((len(ids_NK), num_experts), dtype=np.float32)
-    np.put_along_axis(chosen_NE, ids_NK.astype(np.int64), 1.0, axis=1)
-    both_EE: npt.NDArray[np.int64] = np.rint(chosen_NE.T @ chosen_NE).astype(np.int64)
+    both_EE = np.zeros((num_experts, num_experts), dtype=np.int64)
+    for start in range(0, len(ids_NK), _CHUNK_TOKENS):
+        part_NK = ids_NK[start : start + _CHUNK_TOKENS].astype(np.int64)
+        # NumPy multiplies integer matrices slowly; float32 is exact for so few tokens.
+        chosen_NE = np.zeros((len(part_NK), num_experts), dtype=np.float32)
+        np.put_along_axis(chosen_NE, part_NK, 1.0, axis=1)
+        both_EE += np.rint(chosen_NE.T @ chosen_NE).astype(np.int64)
     np.fill_diagonal(both_EE, 0)
     return both_EE
 

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from janus_server.errors import JanusError, sentence_of
-from janus_server.standard_streams import end_output, open_closed_streams
+from janus_server.standard_streams import end_output, open_closed_streams, write_any_character
 from janus_server.surroundings import check_surroundings
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(name: str, command: Command, argv: Sequence[str] | None = None) -> int:
     """Run a command and turn its errors into sentences of `name`; returns the exit status."""
     open_closed_streams()
+    write_any_character()
     try:
         check_surroundings()
         status = command(sys.argv[1:] if argv is None else argv)

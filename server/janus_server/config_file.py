@@ -50,6 +50,8 @@ def read_config_file(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
             fits = type(value) in accepted
         if not fits:
             raise ConfigError(f"{path}: the key {key} must be {name}")
+        if any("\0" in text for text in (value if element else [value]) if isinstance(text, str)):
+            raise ConfigError(f"{path}: the key {key} has a NUL character, which no flag can have")
     return table
 
 

@@ -131,7 +131,9 @@ def _message(config: GenerateConfig) -> inference_pb2.GenerateRequest:
         sampling.logprobs = config.logprobs
     request = inference_pb2.GenerateRequest(sampling=sampling)
     if config.prompt:
-        request.text = sys.stdin.read() if config.prompt == "-" else config.prompt
+        # Standard input may have no end.
+        is_piped = config.prompt == "-"
+        request.text = sys.stdin.read(MAX_MESSAGE_BYTES + 1) if is_piped else config.prompt
     else:
         request.token_ids.ids.extend(_parse_ids(config.prompt_ids))
     return request

@@ -1,5 +1,6 @@
 """Standard input, output and error, which may be closed, full, or without a reader."""
 
+import io
 import logging
 import os
 import sys
@@ -20,6 +21,12 @@ def open_closed_streams() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def write_any_character() -> None:
+    """Have characters that the terminal's encoding lacks written as in Python, not fail."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def say(line: str, *, unread: int = logging.WARNING) -> None:

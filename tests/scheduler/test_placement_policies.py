@@ -34,7 +34,10 @@ def test_replicas_go_where_a_replica_has_most_tokens() -> None:
 
 def test_coactivation_counts_tokens() -> None:
     ids_NK = np.array([[0, 1], [1, 0], [1, 2]])
-    assert coactivation(ids_NK, 3).tolist() == [[0, 2, 0], [2, 0, 1], [0, 1, 0]]
+    both_EE = coactivation(ids_NK, 3)
+    assert both_EE.tolist() == [[0, 2, 0], [2, 0, 1], [0, 1, 0]]
+    # More than are counted at once.
+    assert (coactivation(np.tile(ids_NK, (10_000, 1)), 3) == 10_000 * both_EE).all()
     assert expert_counts(ids_NK, 4).tolist() == [2, 3, 1, 0]
 
 

@@ -162,6 +162,12 @@ def test_every_serve_flag_is_a_toml_key(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("key", ['word = "a\\u0000b"', 'words = ["a", "\\u0000"]'])
+def test_a_file_holds_no_text_that_no_flag_can_have(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=r"the key words? has a NUL character"):
+        parse(Outer, ["x", "--config", write(tmp_path, key)], prog="p")
+
+
 @pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])
 def test_the_command_line_wins_over_the_file(tmp_path: Path, form: list[str]) -> None:
     path = write(tmp_path, 'checkpoint = "from-file"\nlanes = 2\nthreads = 4\n')

@@ -200,6 +200,13 @@ def test_a_prompt_beyond_the_largest_message(monkeypatch: pytest.MonkeyPatch) ->
     assert sentence.endswith(" bytes; up to 67108864 can be sent")
 
 
+def test_standard_input_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/zero") as endless:
+        monkeypatch.setattr(sys, "stdin", endless)
+        sentence = complaint(ConfigError, ["-", "--endpoint", NOWHERE])
+    assert sentence.endswith(" bytes; up to 67108864 can be sent")
+
+
 @pytest.mark.parametrize("text", ["12,x", "1,,2", ",", "1.5", "twelve"])
 def test_prompt_ids_that_are_no_numbers(text: str) -> None:
     assert complaint(ConfigError, ["--prompt-ids", text]) == (

@@ -1,7 +1,10 @@
+import io
 import subprocess
 import sys
 
 import pytest
+
+from janus_server.standard_streams import write_any_character
 
 PROGRAM = """
 import os, sys
@@ -49,3 +52,14 @@ def test_a_reader_that_left_is_no_error() -> None:
     _, errors = child.communicate("\n", timeout=60)
     assert child.returncode == 0
     assert errors.startswith("hello (standard output cannot be written: Broken pipe)")
+
+
+def test_a_character_that_the_terminal_lacks_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    write_any_character()
+    sys.stdout.write("caf\u00e9 \u2192")
+    sys.stdout.flush()
+    assert written.getvalue() == b"caf\xe9 \\u2192"

@@ -1,7 +1,8 @@
 """The secret of a cluster: its processes show it in every call to the controller or a worker.
 
-A server that has one refuses calls without it before it reads their message. What travels is a
-token made from the secret, in the clear: it keeps out who cannot listen to the traffic.
+A server that has one refuses calls without it before it reads their message; a server that has none
+refuses calls that show one, as their process would refuse its own. What travels is a token made
+from the secret, in the clear: it keeps out who cannot listen to the traffic.
 """
 
 import hmac
@@ -119,40 +120,57 @@ async def start_internal_server(
             "no --cluster-secret-file: every user of this machine may act as a process of this "
             "cluster"
         )
-    guards = [_SecretGuard(secret)] if secret else []
-    return await start_server(add_services, service_names, listen, interceptors=guards)
+    guard = _SecretGuard(secret)
+    return await start_server(add_services, service_names, listen, interceptors=[guard])
 
 
 class _SecretGuard(grpc.aio.ServerInterceptor):
-    """Refuses calls that do not show the secret, whatever the method."""
+    """Refuses calls of processes that do not have the same secret, or none, whatever the method."""
 
-    def __init__(self, secret: ClusterSecret) -> None:
+    def __init__(self, secret: ClusterSecret | None) -> None:
         self._secret = secret
+        self._complaint = _SECRET_IS_MISSING if secret is not None else _SECRET_IS_UNASKED
         self._has_refused = False
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """Let a call that shows the secret through to its handler."""
-        if self._secret.is_shown_by(handler_call_details.invocation_metadata or ()):
+        """Let a call of the same cluster through to its handler."""
+        if self._is_of_cluster(handler_call_details.invocation_metadata or ()):
             return await continuation(handler_call_details)
         if not self._has_refused:
             self._has_refused = True
             logger.warning(
-                "refused a call of %r without the cluster's secret; more are refused silently",
+                "refused a call of %r, more are refused silently: %s",
                 handler_call_details.method,
+                self._complaint,
             )
-        return _REFUSAL
+        return _REFUSALS[self._complaint]
+
+    def _is_of_cluster(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
+        if self._secret is None:
+            return all(key != _METADATA_KEY for key, _ in metadata)
+        return self._secret.is_shown_by(metadata)
 
 
-async def _refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    await context.abort(
-        grpc.StatusCode.UNAUTHENTICATED,
-        "the call does not show the secret of this cluster: all its processes need the same "
-        "--cluster-secret-file",
-    )
+def _refusal(complaint: str) -> Any:
+    async def refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, complaint)
+
+    # Of a method that reads a stream nothing is read before the handler asks for it.
+    handler: Any = refuse
+    return grpc.stream_stream_rpc_method_handler(handler)
 
 
-# Of a method that reads a stream nothing is read before the handler asks for it.
-_REFUSAL: Any = grpc.stream_stream_rpc_method_handler(_refuse)
+_SECRET_IS_MISSING = (
+    "the call does not show the secret of this cluster: all its processes need the same "
+    "--cluster-secret-file"
+)
+_SECRET_IS_UNASKED = (
+    "the call shows a secret, but the process that it reached was given none: all processes of a "
+    "cluster need the same --cluster-secret-file"
+)
+_REFUSALS = {
+    complaint: _refusal(complaint) for complaint in (_SECRET_IS_MISSING, _SECRET_IS_UNASKED)
+}
 
 
 def _bytes(value: str | bytes) -> bytes:

@@ -76,6 +76,7 @@ class WorkerLink:
         await asyncio.wait({self._task}, timeout=_CLOSE_TIMEOUT_S)
 
     async def _run(self) -> None:
+        told = ""
         while True:
             lost = f"attention worker {self.worker_id} was lost"
             try:
@@ -91,7 +92,7 @@ class WorkerLink:
                 reason = f"it said nothing for {self._comm_timeout_s:g} s"
                 lost = f"{lost}: {reason}"
             finally:
-                self.load = None
+                was_up, self.load = self.load is not None, None
                 for stream in self._streams.values():
                     stream.fail(UnavailableError(lost))
                 self._streams.clear()
@@ -99,7 +100,9 @@ class WorkerLink:
                 self._commands.put_nowait(None)
                 # Commands for the lost stream mean nothing to the next one.
                 self._commands = asyncio.Queue()
-            logger.warning("lost attention worker %s: %s", self.worker_id, reason)
+            if was_up or reason != told:  # each new attempt may fail as the last did
+                logger.warning("lost attention worker %s: %s", self.worker_id, reason)
+                told = reason
             await asyncio.sleep(_RECONNECT_S)
 
     async def _exchange(self, channel: grpc.aio.Channel) -> None:

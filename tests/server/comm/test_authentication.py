@@ -203,6 +203,25 @@ def test_a_process_with_another_secret_ends_with_a_sentence() -> None:
     asyncio.run(check())
 
 
+def test_a_process_with_a_secret_is_refused_where_there_is_none(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def check() -> None:
+        async with internal_server(None) as address:
+            control = ControlClient(address, SECRET)
+            worker = registration(control_pb2.WORKER_ROLE_ATTENTION, holds_experts=True)
+            for _ in range(2):
+                with pytest.raises(ConfigError, match="shows a secret, but the process that it"):
+                    await control.register(worker, timeout_s=DEADLINE_S)
+            with pytest.raises(UnavailableError, match="need the same --cluster-secret-file"):
+                await anext(control.epochs())
+            await control.close()
+
+    caplog.set_level(logging.WARNING)
+    asyncio.run(check())
+    assert sum(message.startswith("refused a call of") for message in caplog.messages) == 1
+
+
 def test_without_a_secret_loopback_is_served_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -1,8 +1,11 @@
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
+import pytest
 
 from janus_proto.v1 import control_pb2, inference_pb2, worker_pb2
 from tests.fakes.attention_worker import FakeAttentionWorker
@@ -109,6 +112,31 @@ def test_a_worker_that_cannot_be_reached_is_not_ready(tmp_path: Path) -> None:
             assert await refused_request(endpoint) == NOT_READY
 
     within_deadline(check())
+
+
+class RefusingWorker(FakeAttentionWorker):
+    num_refused = 0
+
+    async def Run(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:
+        self.num_refused += 1
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "scripted to refuse")
+        yield
+
+
+def test_a_worker_that_refuses_every_stream_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def check() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            worker = RefusingWorker()
+            entry = await start_worker("attention-1", worker, stack)
+            await stack.enter_async_context(
+                running_endpoint(tmp_path, other_workers=[entry], until_ready=False)
+            )
+            await until(lambda: worker.num_refused == 3)
+
+    within_deadline(check())
+    assert caplog.messages.count("lost attention worker attention-1: scripted to refuse") == 1
 
 
 def test_a_worker_that_says_nothing_is_given_up(tmp_path: Path) -> None:

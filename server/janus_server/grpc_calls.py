@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from janus_server.byte_budget import Reads
 from janus_server.errors import (
     DuplicateRequestError,
     InvalidRequestError,
@@ -58,6 +59,7 @@ class CallGuard(grpc.aio.ServerInterceptor):
     ) -> None:
         self.num_stalled = 0
         """Calls that were cut because their client took no message for `stall_timeout_s`."""
+        self.reads = Reads()
         self._check_bytes = check_bytes
         self._request_timeout_s = request_timeout_s
         self._stall_timeout_s = stall_timeout_s
@@ -135,7 +137,8 @@ class CallGuard(grpc.aio.ServerInterceptor):
     async def _first(self, context: _Context) -> bytes:
         try:
             async with asyncio.timeout(self._request_timeout_s):
-                data = await context.read()
+                with self.reads.reading(context.peer()):
+                    data = await context.read()
         except TimeoutError:
             raise InvalidRequestError(
                 f"the request did not arrive within {self._request_timeout_s:g} s"
@@ -157,7 +160,11 @@ class CallGuard(grpc.aio.ServerInterceptor):
         self, handler: Any, requests: AsyncIterator[bytes], context: _Context
     ) -> AsyncGenerator[Any, None]:
         """The messages of a client's stream; it ends before one that is none, and so the call."""
-        async for data in requests:
+        while True:
+            with self.reads.reading(context.peer()):
+                data = await anext(requests, None)
+            if data is None:
+                return
             request, refusal = None, None
             try:
                 request = self._parse(handler, data)

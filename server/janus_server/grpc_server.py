@@ -7,7 +7,7 @@ on message sizes and on how often a silent connection may be pinged.
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -18,6 +18,7 @@ from janus_server.addresses import check_can_listen, join_address
 from janus_server.errors import ConfigError
 from janus_server.grpc_acceptor import new_server
 from janus_server.grpc_calls import CallGuard, CheckBytes
+from janus_server.grpc_connections import ConnectionWatch
 from janus_server.health import HealthService
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -95,6 +96,8 @@ def _server_options(limits: ServerLimits) -> list[tuple[str, Any]]:
         ("grpc.server.max_pending_requests_hard_limit", _MAX_UNREAD_CALLS),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        # The statistics by which connections are judged.
+        ("grpc.enable_channelz", 1),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
         # Two servers on one port would each get a share of the connections; we want an error.
         ("grpc.so_reuseport", 0),
@@ -117,6 +120,8 @@ class RunningServer:
     """HOST:PORT that is really bound."""
     health: HealthService
     guard: CallGuard
+    connections: ConnectionWatch
+    watching: asyncio.Task[NoReturn]
 
     def set_serving(self, serving: bool) -> None:
         """Publish whether the server as a whole and each of its services can do its work."""
@@ -128,6 +133,7 @@ class RunningServer:
         # A client that takes nothing keeps the end of its connection from being written.
         stopping = asyncio.ensure_future(self.server.stop(grace_s))
         await asyncio.wait({stopping}, timeout=grace_s + _CLOSE_TIMEOUT_S)
+        self.watching.cancel()
 
 
 async def start_server(
@@ -163,5 +169,17 @@ async def start_server(
     except RuntimeError:
         raise ConfigError(f"cannot listen on {listen}") from None
     await server.start()
-    address = join_address(host, port)
-    return RunningServer(server=server, address=address, health=health, guard=guard)
+    connections = ConnectionWatch(
+        port,
+        guard.reads,
+        max_metadata_bytes=MAX_METADATA_BYTES,
+        max_request_bytes=limits.max_request_bytes,
+    )
+    return RunningServer(
+        server=server,
+        address=join_address(host, port),
+        health=health,
+        guard=guard,
+        connections=connections,
+        watching=asyncio.create_task(connections.run(), name="connections"),
+    )

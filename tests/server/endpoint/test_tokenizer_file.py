@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from janus_server.endpoint.tokenizer import check_tokenizer
+from janus_server.endpoint.tokenizer import check_tokenizer, load_tokenizer
 from janus_server.endpoint.tokenizer_file import read_tokenizer
 from janus_server.errors import CheckpointError
 from janus_server.model.checkpoint import Checkpoint
@@ -150,8 +150,9 @@ def test_a_panic_of_the_library_is_a_sentence(folder: Path) -> None:
 def test_the_tokenizer_of_another_model(make_checkpoint: CheckpointFactory) -> None:
     folder = make_checkpoint(vocab_size=64)
     sentence = "is of another model: it makes token ids up to 255, and the model has .* of 64"
-    with pytest.raises(CheckpointError, match=sentence):
-        check_tokenizer(Checkpoint.open(folder))
+    for check in (check_tokenizer, load_tokenizer):
+        with pytest.raises(CheckpointError, match=sentence):
+            check(Checkpoint.open(folder))
 
 
 def test_added_tokens_may_go_beyond_the_vocabulary(make_checkpoint: CheckpointFactory) -> None:

@@ -1,5 +1,6 @@
 """`janus placement`: place experts by a recorded routing trace, and judge the placement."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +107,9 @@ def _check(config: PlacementConfig) -> None:
         raise ConfigError("--output and --plot need one --policy, not all")
     if config.plot and Path(config.plot).suffix.lower() not in (".png", ".svg"):
         raise ConfigError(f"--plot needs a name that ends in .png or .svg, not {config.plot}")
-    if config.plot and config.plot == config.output:
-        raise ConfigError(f"--output and --plot name the same file: {config.plot}")
+    named = [os.path.realpath(path) for path in (config.trace, config.output, config.plot) if path]
+    if len(set(named)) < len(named):
+        raise ConfigError("--trace, --output and --plot must name different files")
     for name in ("output", "plot"):
         check_output(name, getattr(config, name))
     drawn = config.batch * config.samples

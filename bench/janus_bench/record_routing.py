@@ -18,6 +18,7 @@ Format: a compressed npz with
 Shapes: L MoE layers, N tokens of all texts, K experts of a token, E experts, T tokens of one text.
 """
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -90,6 +91,8 @@ class RecordingConfig:
 def command(argv: Sequence[str]) -> int:
     """Record one checkpoint, write the file and say how uneven the routing is."""
     config = parse(RecordingConfig, argv, prog="python -m janus_bench.record_routing")
+    if os.path.realpath(config.output) in map(os.path.realpath, config.text):
+        raise ConfigError("--output must be none of the files of --text")
     check_output("output", config.output)
     torch.set_num_threads(config.threads)
     token_ids = _token_ids(config)

@@ -65,7 +65,8 @@ def test_compares_policies(capsys: pytest.CaptureFixture[str]) -> None:
         (["--policy", "all", "--output", "x.json"], "need one --policy"),
         (["--output", "/"], "--output: cannot write /: Is a directory"),
         (["--output", "/nowhere/x.json"], "--output: cannot write /nowhere/x.json: No such file"),
-        (["--output", "x.svg", "--plot", "x.svg"], "--output and --plot name the same file"),
+        (["--output", "x.svg", "--plot", "./x.svg"], "must name different files"),
+        (["--output", DEMO], "must name different files"),
         (
             ["--samples", "16385", "--batch", "1024"],
             "must be at most 16777216 tokens, not 16778240",

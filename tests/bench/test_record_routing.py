@@ -71,6 +71,7 @@ def test_the_command_writes_what_a_placement_is_made_of(
             ([f"--{n}", "0"], f"--{n} must be at least 1")
             for n in ("tokens", "sequences", "threads")
         ),
+        (["--text", "short.txt", "--output", "./short.txt"], "--output must be none of the files"),
         (["--output", "."], "--output: cannot write .: Is a directory"),
         (["--output", "no/where.npz"], "--output: cannot write no/where.npz: No such file"),
     ],

@@ -88,7 +88,10 @@ class ConnectionWatch:
         busy: list[tuple[int, _Connection, Traffic]] = []
         for name, fd in fds.items():
             if name not in self._sockets:
-                self._sockets[name] = self._accepted(fd, now_s)
+                try:
+                    self._sockets[name] = self._accepted(fd, now_s)
+                except OSError:  # not connected yet, or no file is left; tried again
+                    continue
             connection = self._sockets[name]
             if connection is None:
                 continue
@@ -102,7 +105,7 @@ class ConnectionWatch:
             self._judge(busy, now_s)
 
     def _accepted(self, fd: int, now_s: float) -> _Connection | None:
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
+        with _duplicate(fd) as duplicate:
             if duplicate.family not in (socket.AF_INET, socket.AF_INET6):
                 return None
             if duplicate.getsockname()[1] == self._port:
@@ -130,14 +133,14 @@ class ConnectionWatch:
                 self._close(fd, connection, now_s)
 
     def _close(self, fd: int, connection: _Connection, now_s: float) -> None:
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
+        with contextlib.suppress(OSError), _duplicate(fd) as duplicate:
             if _peer(duplicate) != connection.peer:  # gRPC closed it meanwhile
                 return
             # No state stays in the kernel once gRPC closes it, and nothing is left to be read.
             duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             duplicate.shutdown(socket.SHUT_RDWR)
             self.num_closed += 1
-            with contextlib.suppress(BlockingIOError):
+            with contextlib.suppress(OSError):
                 while duplicate.recv(_DRAIN_BYTES, socket.MSG_DONTWAIT | socket.MSG_TRUNC):
                     pass
             if now_s >= self._next_log_s:
@@ -166,6 +169,15 @@ def _open_sockets() -> dict[str, int]:
             if name.startswith("socket:"):
                 sockets[name] = int(fd)
     return sockets
+
+
+def _duplicate(fd: int) -> socket.socket:
+    duplicate = os.dup(fd)
+    try:
+        return socket.socket(fileno=duplicate)
+    except OSError:  # gRPC closed the socket, and the number is another file's now
+        os.close(duplicate)
+        raise
 
 
 def _peer(connection: socket.socket) -> str:

@@ -40,16 +40,13 @@ def check_surroundings() -> None:
             f"a process may address {address_space} bytes here (ulimit -v), fewer than "
             f"{_MIN_ADDRESS_SPACE}"
         )
-    check_threads("a process runs", threads_of_process())
+    check_threads("a process runs", _fewest_threads())
 
 
 def threads_of_process(computing: int = 0) -> int:
     """How many threads a process runs at most, about, where `computing` of them compute."""
-    num_cpus = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        num_cpus = len(os.sched_getaffinity(0))
-    grpc_pool, openblas_pool = min(max(num_cpus, 4), 16), min(num_cpus, 64)
-    return 10 + grpc_pool + openblas_pool + 2 * computing
+    # OpenBLAS has one for each CPU as soon as NumPy is imported.
+    return _fewest_threads() + min(_num_cpus(), 64) + 2 * computing
 
 
 def check_threads(who: str, num_threads: int) -> None:
@@ -64,6 +61,17 @@ def check_threads(who: str, num_threads: int) -> None:
             f"{who} up to {num_threads} threads, and only {num_started} more can be started here "
             "(ulimit -u, or pids.max of the cgroup)"
         )
+
+
+def _fewest_threads() -> int:
+    """Of gRPC, whose pool grows with the CPUs, of the event loop, and of work beside it."""
+    return 10 + min(max(_num_cpus(), 4), 16)
+
+
+def _num_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _start_threads(num_threads: int) -> int:

@@ -22,7 +22,11 @@ CPU, workers of a small model have 160 to 330 MiB at first, and 470 once every s
 _MAPPED_BYTES = 3 * 2**29
 """Addresses that a process takes beside its memory, for libraries, stacks and arenas of malloc."""
 
-ADDRESS_SPACE = "the address space of a process (ulimit -v)"
+ADDRESS_SPACE = (
+    "the address space of a process (ulimit -v, less "
+    f"{_MAPPED_BYTES / 2**30:g} GiB for libraries and threads)"
+)
+"""Whose bytes `free_address_space` returns, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

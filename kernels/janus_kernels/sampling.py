@@ -61,8 +61,12 @@ def top_logprobs(
 ) -> tuple[float, list[int], list[float]]:
     """Log-probability of the chosen token; ids and log-probabilities of the `count` likeliest.
 
-    Natural logarithms of the plain softmax, before temperature and filters.
+    Natural logarithms of the plain softmax, before temperature and filters; of equals the lowest
+    id first, as `greedy` chooses.
     """
     logprobs_V = torch.log_softmax(logits_V.float(), dim=-1)
-    values, ids = logprobs_V.topk(count)
-    return float(logprobs_V[chosen]), ids.tolist(), values.tolist()
+    least = logprobs_V.topk(count).values[-1:]
+    # In the order of ids, which `topk` does not keep among equals.
+    (ids,) = (logprobs_V >= least).nonzero(as_tuple=True) if count else (least.long(),)
+    values, order = logprobs_V[ids].sort(descending=True, stable=True)
+    return float(logprobs_V[chosen]), ids[order][:count].tolist(), values[:count].tolist()

@@ -57,7 +57,7 @@ class GenerateConfig:
     """Leave out tokens less likely than min_p times the most likely token."""
 
     seed: Annotated[int | None, Between(0, MAX_SEED)] = None
-    """The same seed and prompt give the same text; none: random."""
+    """The same seed draws the same random numbers; none: chosen for each request."""
 
     stop: tuple[str, ...] = ()
     """End before the first of these strings."""

@@ -55,6 +55,9 @@ class ServerLimits:
     """Calls at once of one method over all connections; one more is refused. An idle call takes
     about 30 KB."""
 
+    idle_timeout_s: float = 300.0
+    """A connection without a call is closed after so long."""
+
     request_timeout_s: float = 30.0
     """How long a call that was begun may take to bring its whole request."""
 
@@ -104,6 +107,8 @@ def _server_options(limits: ServerLimits) -> list[tuple[str, Any]]:
         # A client that answers no ping, such as a stopped process, loses its connection.
         ("grpc.keepalive_time_ms", _KEEPALIVE_INTERVAL_MS),
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+        # One that has no call makes room for others; gRPC's clients connect anew for the next.
+        ("grpc.max_connection_idle_ms", round(limits.idle_timeout_s * 1000)),
         # Clients may ping a silent connection this often without being cut off.
         ("grpc.http2.min_ping_interval_without_data_ms", 1000),
         ("grpc.http2.max_ping_strikes", 0),

@@ -99,3 +99,13 @@ def test_top_logprobs() -> None:
     assert ids == [1, 2]
     assert values == pytest.approx(torch.tensor([0.6, 0.3]).log().tolist())
     assert top_logprobs(torch.tensor([0.5, 0.2, 0.3]).log(), 0, 0)[1:] == ([], [])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20])
+def test_of_equally_likely_tokens_the_greedy_one_comes_first(count: int) -> None:
+    logits_V = torch.zeros(500)
+    logits_V[[7, 3, 490, 250]] = 2.0
+    _, ids, values = top_logprobs(logits_V, 3, count)
+    assert ids == [3, 7, 250, 490, *range(0, 3), 4, 5, 6, *range(8, 18)][:count]
+    assert ids[0] == int(greedy(logits_V[None])[0])
+    assert values == sorted(values, reverse=True)

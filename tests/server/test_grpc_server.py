@@ -10,9 +10,11 @@ from janus_proto.v1 import control_pb2, control_pb2_grpc
 from janus_server.errors import ConfigError
 from janus_server.grpc_server import (
     RunningServer,
+    ServerLimits,
     channel_options,
     start_server,
 )
+from tests.fakes.http2 import GOAWAY, raw_connection
 
 SERVICE = "janus.v1.ControlService"
 
@@ -31,13 +33,14 @@ class FakeControlService(control_pb2_grpc.ControlServiceServicer):
         raise AssertionError("not called")
 
 
-async def start(listen: str = "127.0.0.1:0") -> RunningServer:
+async def start(listen: str = "127.0.0.1:0", limits: ServerLimits | None = None) -> RunningServer:
     return await start_server(
         lambda server: control_pb2_grpc.add_ControlServiceServicer_to_server(
             FakeControlService(), server
         ),
         [SERVICE],
         listen,
+        limits,
     )
 
 
@@ -114,3 +117,14 @@ def test_a_port_is_free_again_after_stop() -> None:
         await again.stop(0)
 
     asyncio.run(check())
+
+
+def test_a_connection_without_a_call_is_closed() -> None:
+    async def check() -> None:
+        server = await start(limits=ServerLimits(idle_timeout_s=0.1))
+        async with raw_connection(server.address) as connection:
+            kinds = [frame.kind async for frame in connection.frames()]
+            assert GOAWAY in kinds
+        await server.stop(0)
+
+    asyncio.run(asyncio.wait_for(check(), 20))

@@ -92,7 +92,9 @@ class SamplingParams(_message.Message):
     min_p: _builtins.float
     """Drop tokens less likely than min_p times the most likely one. Default 0: none."""
     seed: _builtins.int
-    """The same seed and prompt give the same text. Default: chosen at random for each request."""
+    """The same seed draws the same random numbers, whatever else is served; how rounding may differ
+    in a batch can still change a token, as with temperature 0. Default: chosen for each request.
+    """
     max_tokens: _builtins.int
     """Tokens to generate at most. Default: what the context has left."""
     ignore_eos: _builtins.bool

@@ -80,6 +80,8 @@ def _placement(content: Any, num_experts: int) -> Placement:
     first = next(iter(tables.values()), None)
     if first is None:
         raise ValueError("it has no layer")
+    if len(tables) < len(content["layers"]):
+        raise ValueError("it has a layer twice")
     return Placement(num_workers=first.shape[0], slots_per_worker=first.shape[1], layers=tables)
 
 
@@ -87,6 +89,7 @@ def _table(rows: Any) -> np.ndarray[Any, np.dtype[np.int32]]:
     table = np.array(rows)
     if table.ndim != 2 or not table.size or table.dtype.kind != "i":
         raise ValueError("a table must have two dimensions, of integers")
-    if abs(table).max() > np.iinfo(np.int32).max:
+    bounds = np.iinfo(np.int32)
+    if table.min() < bounds.min or table.max() > bounds.max:
         raise ValueError("an expert is out of any range")
     return table.astype(np.int32)

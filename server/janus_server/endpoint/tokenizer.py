@@ -23,7 +23,10 @@ MAX_WAITING_CHARS = 32 * 2**20
 ENCODE_TIMEOUT_S = 30.0
 """How long a prompt may wait for its token ids, behind others of its kind, in seconds."""
 _MAX_UNFINISHED = 64
-"""Tokens that may wait to become text; more are taken for what they are, if only to be shown."""
+"""Tokens that may wait to become text; of more, the first are shown, broken as they are."""
+_BROKEN = "\ufffd"
+_MIN_WAITING = 8
+"""Tokens that always go on waiting: a character has 4 bytes, and some tokens have none."""
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> "Tokenizer | None":
@@ -153,13 +156,27 @@ class Detokenizer:
             return ""
         before = self._decode(self._context)
         text = self._decode(self._context + self._unfinished)
-        is_whole = len(text) > len(before) and not text.endswith("\ufffd")
-        if not (is_whole or finish or len(self._unfinished) > _MAX_UNFINISHED):
+        num_ready = len(self._unfinished)
+        if not (finish or (len(text) > len(before) and not text.endswith(_BROKEN))):
+            num_ready, text = self._broken_part(text)
+        if not num_ready:
             return ""
         if len(text) > len(before):
-            self._context = self._unfinished
-        self._unfinished = []
+            self._context = self._unfinished[:num_ready]
+        del self._unfinished[:num_ready]
         return text[len(before) :]
+
+    def _broken_part(self, text: str) -> tuple[int, str]:
+        """How many of too many unfinished tokens end where a character does, and their text.
+
+        `text` is that of all.
+        """
+        if len(self._unfinished) > _MAX_UNFINISHED:
+            for num_ready in range(len(self._unfinished) - _MIN_WAITING, 0, -1):
+                part = self._decode(self._context + self._unfinished[:num_ready])
+                if text.startswith(part):
+                    return num_ready, part
+        return 0, ""
 
     def _decode(self, token_ids: list[int]) -> str:
         try:

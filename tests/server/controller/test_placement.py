@@ -34,6 +34,8 @@ def test_round_trip(tmp_path: Path) -> None:
         ({"0": [[0, 1, 2, 3, 4]]}, "places experts on 1 workers, but --expert-workers is 2"),
         ({"0": [[0, 1, 2], [3, 4]]}, "is not a placement"),
         ({"0": [[2**32]]}, "out of any range"),
+        ({"0": [[-(2**63)]]}, "out of any range"),
+        ({"0": [[0]], "00": [[0]]}, "a layer twice"),
         (
             {"0": [[0, 1, 2], [3, 4, 0]], "1": [[0, 1, 2], [3, 4, 0]]},
             "experts in layer 1, without any",

@@ -32,6 +32,7 @@ ROWS = {
     "calls over one connection": f"`--max-requests` and {limits.SPARE_STREAMS} more",
     "calls of one method": f"`--max-requests` and {limits.SPARE_CALLS} more",
     "connections": f"`--max-requests` and {limits.SPARE_CONNECTIONS} more",
+    "a connection without a call": f"{PUBLIC.idle_timeout_s:g} s",
     "until a request has come whole": f"{PUBLIC.request_timeout_s:g} s",
     "until a text has its token ids": f"{tokenizer.ENCODE_TIMEOUT_S:g} s",
     "characters of all texts that wait for token ids": f"{tokenizer.MAX_WAITING_CHARS}",

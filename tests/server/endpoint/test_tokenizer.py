@@ -201,6 +201,16 @@ def test_endless_halves_of_characters_are_shown_at_last() -> None:
     assert max(map(len, pieces)) < 100
 
 
+@pytest.mark.parametrize("num_halves", range(58, 72))
+@pytest.mark.parametrize("character", ["é", "€", "🐙"])
+def test_a_character_after_endless_halves_is_whole(num_halves: int, character: str) -> None:
+    half = BYTE_LEVEL.encode("🐙").ids[:1]
+    token_ids = half * num_halves + [i for c in character * 2 for i in BYTE_LEVEL.encode(c).ids]
+    pieces = stream(BYTE_LEVEL, token_ids)
+    assert "".join(pieces) == BYTE_LEVEL.decode(token_ids)
+    assert "".join(pieces).endswith(character * 2)
+
+
 def test_a_whole_delta_at_once(tokenizer: Tokenizer) -> None:
     detokenizer = tokenizer.detokenizer()
     assert detokenizer.feed(BYTE_LEVEL.encode(TEXT).ids) == TEXT

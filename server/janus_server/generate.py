@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -19,6 +19,7 @@ from janus_server.command_line import parse
 from janus_server.errors import ConfigError, InvalidRequestError, UnavailableError
 from janus_server.grpc_server import MAX_MESSAGE_BYTES, channel_options
 
+_IDS = re.compile(r"\s*-?[0-9]{1,20}\s*(,\s*-?[0-9]{1,20}\s*)*")
 _LOST = re.compile("stream removed|socket closed|connection reset|goaway|ping timeout")
 _NOT_THERE = re.compile("failed to connect|resol")
 """Words of gRPC itself, as against those of the endpoint."""
@@ -87,9 +88,9 @@ def command(argv: Sequence[str]) -> int:
         call = InferenceServiceStub(channel).Generate(request, timeout=config.timeout_s)
         try:
             if config.json:
-                print(json.dumps(_collect(call)))
+                print(json.dumps(_collect(_whole(call))))
             else:
-                for response in call:
+                for response in _whole(call):
                     print(response.text, end="", flush=True)
                 print()
         except grpc.RpcError as error:
@@ -140,15 +141,26 @@ def _message(config: GenerateConfig) -> inference_pb2.GenerateRequest:
 
 
 def _parse_ids(text: str) -> list[int]:
-    try:
-        return [int(token_id) for token_id in text.split(",")]
-    except ValueError:
+    if not _IDS.fullmatch(text):  # int() reads 12_7 as well
         raise ConfigError(
             f"--prompt-ids must be whole numbers with commas between, like 12,7,99, not {text!r}"
-        ) from None
+        )
+    return [int(token_id) for token_id in text.split(",")]
 
 
-def _collect(call: Any) -> dict[str, Any]:
+def _whole(
+    call: Iterable[inference_pb2.GenerateResponse],
+) -> Iterator[inference_pb2.GenerateResponse]:
+    """The messages of a stream; raises UnavailableError where the last gives no reason to end."""
+    reason = inference_pb2.FINISH_REASON_UNSPECIFIED
+    for response in call:
+        reason = response.finish_reason
+        yield response
+    if reason == inference_pb2.FINISH_REASON_UNSPECIFIED:
+        raise UnavailableError("the stream ended without a reason: the answer may not be whole")
+
+
+def _collect(call: Iterable[inference_pb2.GenerateResponse]) -> dict[str, Any]:
     """Gather a whole stream into what --json prints."""
     text = ""
     token_ids: list[int] = []

@@ -265,6 +265,8 @@ def describe_exit(status: int) -> str:
     """Say how a process ended, from its exit status; negative: the signal that killed it."""
     if status >= 0:
         return f"ended with exit status {status}"
+    if status == -signal.SIGKILL:
+        return "was killed by SIGKILL, as the kernel does where memory runs out"
     try:
         return f"was killed by {signal.Signals(-status).name}"
     except ValueError:

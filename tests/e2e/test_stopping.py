@@ -79,7 +79,8 @@ def test_a_killed_process_ends_the_server_with_a_sentence(
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
         assert last_words(server) == (
             1,
-            f"janus: the {name} (pid {victim.pid}) was killed by SIGKILL",
+            f"janus: the {name} (pid {victim.pid}) was killed by SIGKILL, as the kernel does where "
+            "memory runs out",
         )
 
 

@@ -4,11 +4,17 @@ import json
 import socket
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 from janus_proto.v1 import inference_pb2, worker_pb2
+from janus_proto.v1.inference_pb2_grpc import (
+    InferenceServiceServicer,
+    add_InferenceServiceServicer_to_server,
+)
 from janus_server.errors import ConfigError, InvalidRequestError, JanusError, UnavailableError
 from janus_server.generate import command
 from janus_server.grpc_server import MAX_MESSAGE_BYTES
@@ -121,6 +127,23 @@ def test_json_without_logprobs(tmp_path: Path, capsys: pytest.CaptureFixture[str
     within_deadline(check())
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_stream_that_ends_without_a_reason_is_an_error(flags: list[str]) -> None:
+    class CutShort(InferenceServiceServicer):
+        def Generate(self, request, context):
+            yield inference_pb2.GenerateResponse(text="half an ans")
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_InferenceServiceServicer_to_server(CutShort(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        sentence = complaint(UnavailableError, ["x", "--endpoint", f"127.0.0.1:{port}", *flags])
+    finally:
+        server.stop(None).wait(10)
+    assert sentence == "the stream ended without a reason: the answer may not be whole"
+
+
 def test_the_prompt_comes_from_standard_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +230,7 @@ def test_standard_input_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert sentence.endswith(" bytes; up to 67108864 can be sent")
 
 
-@pytest.mark.parametrize("text", ["12,x", "1,,2", ",", "1.5", "twelve"])
+@pytest.mark.parametrize("text", ["12,x", "1,,2", ",", "1.5", "twelve", "12_7", "٣", "9" * 5000])
 def test_prompt_ids_that_are_no_numbers(text: str) -> None:
     assert complaint(ConfigError, ["--prompt-ids", text]) == (
         "--prompt-ids must be whole numbers with commas between, like 12,7,99, not " + repr(text)

@@ -212,7 +212,7 @@ def test_a_child_that_somebody_kills_is_named_even_if_a_peer_ended_sooner() -> N
             await asyncio.sleep(0)
             os.kill(victim.pid, signal.SIGKILL)
             await ending
-            assert parent.failure == f"the victim (pid {victim.pid}) was killed by SIGKILL"
+            assert parent.failure.startswith(f"the victim (pid {victim.pid}) was killed by SIGKILL")
 
     asyncio.run(check())
 
@@ -255,7 +255,8 @@ def test_a_cancelled_end_leaves_no_child_running() -> None:
     ("status", "words"),
     [
         (0, "ended with exit status 0"),
-        (-9, "was killed by SIGKILL"),
+        (-9, "was killed by SIGKILL, as the kernel does where memory runs out"),
+        (-11, "was killed by SIGSEGV"),
         (-1000, "was killed by signal 1000"),
     ],
 )

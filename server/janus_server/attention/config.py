@@ -27,7 +27,9 @@ class EngineConfig:
 
     kv_cache_gib: Annotated[float, Between(0, 2**16)] = 0.0
     """Memory for the KV blocks of each attention worker, in GiB; 0: an equal share of half of what
-    all processes leave free on a CPU, of nine tenths on a GPU, where so much can be used."""
+    all processes leave free on a CPU, of nine tenths on a GPU, where so much can be used. What
+    another server has planned for, and not used yet, counts as free: where several share a machine,
+    give each a size."""
 
     lanes: Annotated[int, Between(1, MAX_LANES)] = 1
     """Micro-batches of a step; with 2, one lane's attention runs while the other's experts do."""

@@ -1,11 +1,13 @@
 """Read the tokenizer of a model folder so that it cuts text as `transformers` would.
 
 tokenizer.json alone says how. The files beside it may name further tokens, which `transformers`
-adds, or have it use less of tokenizer.json: a folder whose files disagree is refused.
+adds, or have it use less of tokenizer.json: a folder whose files disagree is refused. Where there
+is nothing beside it, `transformers` 5 may still use less; that is logged, and tokenizer.json holds.
 """
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from janus_server.endpoint.tokenizer_parts import refuse_unreadable, refuse_unse
 from janus_server.errors import CheckpointError
 from janus_server.input_file import is_there, read_file
 from janus_server.model.config_json import boolean, read_object, shown, table
+
+logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 2**28
 """Several times the largest that is known."""
@@ -87,11 +91,20 @@ def _check_folder(path: Path, tokenizer_json: bytes, tokenizer: tokenizers.Token
                 _check_same(flag, token.content, getattr(token, flag), getattr(read, flag))
     with _refusing(paths[0] if config.get("tokenizer_class") is None else paths[1]):
         is_qwen2 = is_rebuilt(config, model_config, tokenizer_json)
-    if is_qwen2:
-        # Where there is a list of added tokens, special_tokens_map.json has no effect.
-        keys = config if _DECODER in config else {**special, **config}
-        with _refusing(path):
+    if not is_qwen2:
+        return
+    # Where there is a list of added tokens, special_tokens_map.json has no effect.
+    keys = config if _DECODER in config else {**special, **config}
+    with _refusing(path):
+        try:
             check_rebuilt(tokenizer, listed, named, keys)
+        except ValueError as error:
+            # Whoever saves tokenizer.json alone means it as it is.
+            if is_there(paths[1]) or model_config.get("tokenizer_class") is not None:
+                raise
+            logger.warning(
+                "%s is served as it is, without a tokenizer_config.json: %s", path, error
+            )
 
 
 @contextlib.contextmanager

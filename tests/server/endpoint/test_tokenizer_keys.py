@@ -442,6 +442,25 @@ def test_what_is_not_served_is_named(
         read_tokenizer(folder / "tokenizer.json")
 
 
+@pytest.mark.parametrize("class_of_config", [None, "Qwen2Tokenizer"])
+def test_tokenizer_json_alone_is_used_as_it_is_with_a_warning(
+    folder: Path, class_of_config: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "tokenizer_config.json").unlink()
+    write(folder, "config.json", {"tokenizer_class": class_of_config})
+    read_tokenizer(folder / "tokenizer.json")
+    assert caplog.messages == []
+    write_with(folder, "normalizer", {"type": "Lowercase"})
+    sentence = "its normalizer is not that of the Qwen2Tokenizer"
+    if class_of_config is not None:
+        with pytest.raises(CheckpointError, match=sentence):
+            read_tokenizer(folder / "tokenizer.json")
+        return
+    ours = read_tokenizer(folder / "tokenizer.json")
+    assert ours.encode("AbC").ids == ours.encode("abc").ids
+    assert [sentence in message for message in caplog.messages] == [True]
+
+
 def test_the_space_in_front_must_be_that_of_tokenizer_json(folder: Path) -> None:
     write(folder, "tokenizer_config.json", CONFIG | {"add_prefix_space": True})
     sentence = "its pre_tokenizer is not that of the Qwen2Tokenizer with add_prefix_space true that"

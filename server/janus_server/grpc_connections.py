@@ -17,6 +17,7 @@ import os
 import socket
 import struct
 import termios
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -207,15 +208,28 @@ def _traffic(fd: int, connection: _Connection, now_s: float) -> Traffic | None:
 def _channelz_ids() -> dict[str, int]:
     """Peer -> the number under which gRPC keeps the statistics of its connection."""
     ids = {}
-    for server in _channelz("servers", 0)["server"]:
-        start, at_end = 0, False
-        while not at_end:
-            page = _channelz("server_sockets", int(server["ref"]["serverId"]), start, 0)
-            for ref in page.get("socketRef", ()):
-                start = int(ref["socketId"]) + 1
-                ids[ref["name"].removeprefix("chttp2 ")] = int(ref["socketId"])
-            at_end = page.get("end", True)
+    for server in _servers():
+        for ref in _sockets(server):
+            ids[ref["name"].removeprefix("chttp2 ")] = int(ref["socketId"])
     return ids
+
+
+def _servers() -> Iterator[int]:
+    """The numbers of all servers of this process; gRPC tells a hundred at a time."""
+    number = -1
+    while page := _channelz("servers", number + 1)["server"]:
+        for server in page:
+            number = int(server["ref"]["serverId"])
+            yield number
+
+
+def _sockets(server: int) -> Iterator[Mapping[str, str]]:
+    """The name and number of all connections of a server."""
+    number = -1
+    while page := _channelz("server_sockets", server, number + 1, 0).get("socketRef"):
+        for ref in page:
+            number = int(ref["socketId"])
+            yield ref
 
 
 def _num_streams(socket_id: int) -> int | None:

@@ -61,6 +61,22 @@ def test_headers_without_end_end_their_connection(listen: str) -> None:
     asyncio.run(check())
 
 
+def test_a_connection_is_found_behind_a_hundred_servers() -> None:
+    async def check() -> None:
+        others = [grpc.aio.server() for _ in range(101)]
+        for other in others:
+            other.add_insecure_port("127.0.0.1:0")
+            await other.start()
+        for _ in range(2):  # gRPC numbers servers when it is first asked for them
+            async with started() as server:
+                await flood_until_closed(server.address)
+                assert server.connections.num_closed == 1
+        for other in others:
+            await other.stop(None)
+
+    asyncio.run(check())
+
+
 def test_many_floods_are_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     async def check() -> None:
         async with started() as server:

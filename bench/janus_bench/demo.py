@@ -105,15 +105,13 @@ def command(argv: Sequence[str]) -> int:
         ),
         admission=AdmissionConfig(listen="127.0.0.1:0"),
     )
-    check_config(config)
-    _check(demo)
+    _check(demo, check_config(config))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_demo(demo, config, Console()))
     return 0
 
 
-def _check(demo: DemoConfig) -> None:
-    checkpoint = Checkpoint.open(demo.checkpoint)
+def _check(demo: DemoConfig, checkpoint: Checkpoint) -> None:
     if not is_there(checkpoint.path / "tokenizer.json"):
         raise ConfigError(f"{demo.checkpoint} has no tokenizer.json, and the prompts are texts")
     context = checkpoint.spec.max_context

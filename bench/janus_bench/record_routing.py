@@ -40,8 +40,7 @@ from janus_bench.train_demo import read_corpus
 from janus_server.bounds import Between, Threads
 from janus_server.cli import run
 from janus_server.command_line import parse
-from janus_server.endpoint.tokenizer import check_tokenizer
-from janus_server.endpoint.tokenizer_file import read_tokenizer
+from janus_server.endpoint.tokenizer_file import checked_tokenizer
 from janus_server.errors import CheckpointError, ConfigError
 from janus_server.input_file import read_file
 from janus_server.model.checkpoint import Checkpoint
@@ -111,8 +110,10 @@ def _token_ids(config: RecordingConfig) -> list[list[int]]:
             f"--tokens is {config.tokens}, more than the model's context of "
             f"{checkpoint.spec.max_context}"
         )
-    check_tokenizer(checkpoint)
-    tokenizer = read_tokenizer(checkpoint.path / "tokenizer.json")
+    tokenizer = checked_tokenizer(checkpoint)
+    if tokenizer is None:
+        path = checkpoint.path / "tokenizer.json"
+        raise CheckpointError(f"cannot read {path}: No such file or directory")
     texts = [_text(Path(path)) for path in config.text] or read_corpus()[1]
     return middles(tokenizer, texts, config.sequences, config.tokens)
 

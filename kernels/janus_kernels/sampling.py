@@ -65,8 +65,9 @@ def top_logprobs(
     id first, as `greedy` chooses.
     """
     logprobs_V = torch.log_softmax(logits_V.float(), dim=-1)
-    least = logprobs_V.topk(count).values[-1:]
+    if not count:
+        return float(logprobs_V[chosen]), [], []
     # In the order of ids, which `topk` does not keep among equals.
-    (ids,) = (logprobs_V >= least).nonzero(as_tuple=True) if count else (least.long(),)
+    (ids,) = (logprobs_V >= logprobs_V.topk(count).values[-1]).nonzero(as_tuple=True)
     values, order = logprobs_V[ids].sort(descending=True, stable=True)
     return float(logprobs_V[chosen]), ids[order][:count].tolist(), values[:count].tolist()

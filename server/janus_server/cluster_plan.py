@@ -13,7 +13,7 @@ from janus_server.controller.membership import check_pools
 from janus_server.controller.placement import first_placement
 from janus_server.controller.scheduling import given_costs
 from janus_server.endpoint.config import EndpointConfig
-from janus_server.endpoint.tokenizer import check_tokenizer
+from janus_server.endpoint.tokenizer_file import checked_tokenizer
 from janus_server.experts.config import ExpertConfig
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import context_limit
@@ -31,17 +31,18 @@ class WorkerProcess:
     argv: tuple[str, ...]
 
 
-def check_config(config: ServeConfig) -> None:
+def check_config(config: ServeConfig) -> Checkpoint:
     """Refuse, with one sentence, what could not work, before any process is started.
 
-    Each number alone is within its bounds already. Raises CheckpointError or ConfigError.
+    Each number alone is within its bounds already. Returns the checkpoint, which is checked too.
+    Raises CheckpointError or ConfigError.
     """
     checkpoint = Checkpoint.open(config.model.checkpoint)
     check_pools(config.pools, checkpoint.spec)
     first_placement(config.pools, checkpoint.spec)
     given_costs(config.schedule)
     context_limit(checkpoint.spec, config.engine.max_context)
-    check_tokenizer(checkpoint)
+    checked_tokenizer(checkpoint)
     listen_host, _ = check_can_listen(config.admission.listen)
     controller_host, _ = split_address(controller_config(config).listen)
     for host in (listen_host, controller_host):
@@ -51,6 +52,7 @@ def check_config(config: ServeConfig) -> None:
     # `janus serve` itself, controller and endpoint compute nothing.
     num_threads = num_workers * threads_of_process(config.threads) + 3 * threads_of_process()
     check_threads(f"the {num_workers + 3} processes of this server run", num_threads)
+    return checkpoint
 
 
 def with_secret_file(config: ServeConfig, path: str) -> ServeConfig:

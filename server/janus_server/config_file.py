@@ -37,20 +37,11 @@ def read_config_file(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
             close = difflib.get_close_matches(key, kinds, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(f"{path}: there is no key {key}{hint}")
-        element = element_type(kinds[key])
-        name, accepted = _ACCEPTED[element or _plain_type(kinds[key])]
-        choices = _choices(kinds[key])
-        if choices:
-            name = f"one of {', '.join(choices)}"
-            fits = value in choices
-        elif element:
-            name = f"a list, and each of its elements {name}"
-            fits = isinstance(value, list) and all(type(element) in accepted for element in value)
-        else:
-            fits = type(value) in accepted
+        expected, fits = _fits(kinds[key], value)
         if not fits:
-            raise ConfigError(f"{path}: the key {key} must be {name}")
-        if any("\0" in text for text in (value if element else [value]) if isinstance(text, str)):
+            raise ConfigError(f"{path}: the key {key} must be {expected}")
+        values = value if isinstance(value, list) else [value]
+        if any("\0" in text for text in values if isinstance(text, str)):
             raise ConfigError(f"{path}: the key {key} has a NUL character, which no flag can have")
     return table
 
@@ -60,13 +51,20 @@ def element_type(kind: Any) -> Any:
     return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
 
 
-def _choices(kind: Any) -> tuple[str, ...]:
-    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+def _fits(kind: Any, value: Any) -> tuple[str, bool]:
+    """What values of this type are called, and whether `value` is one."""
+    if typing.get_origin(kind) is typing.Literal:
+        choices = typing.get_args(kind)
+        return f"one of {', '.join(choices)}", value in choices
+    element = element_type(kind)
+    name, accepted = _ACCEPTED[element or _plain_type(kind)]
+    if element:
+        fits = isinstance(value, list) and all(type(each) in accepted for each in value)
+        return f"a list, and each of its elements {name}", fits
+    return name, type(value) in accepted
 
 
 def _plain_type(kind: Any) -> Any:
-    if _choices(kind):
-        return str
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return next(member for member in typing.get_args(kind) if member is not types.NoneType)
     return kind

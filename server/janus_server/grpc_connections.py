@@ -8,12 +8,10 @@ waiting. The kernel says what a connection brought, gRPC how many calls came of 
 
 import asyncio
 import contextlib
-import ctypes
 import dataclasses
 import fcntl
 import json
 import logging
-import os
 import socket
 import struct
 import termios
@@ -24,6 +22,8 @@ from typing import Any, NoReturn
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from janus_server.byte_budget import ByteBudget, Reads, Traffic
+from janus_server.glibc import give_back_freed_memory
+from janus_server.own_sockets import duplicate, own_sockets
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +77,14 @@ class ConnectionWatch:
                 if self._num_closed_at_trim < self.num_closed and now_s >= self._next_trim_s:
                     self._next_trim_s = now_s + _TRIM_PERIOD_S
                     self._num_closed_at_trim = self.num_closed
-                    await asyncio.to_thread(_return_memory)
+                    await asyncio.to_thread(give_back_freed_memory)
             except Exception:
                 logger.exception("the connections could not be looked at")
                 await asyncio.sleep(_LOG_PERIOD_S)
 
     def look(self, now_s: float) -> None:
         """Close the connections that are over their budget."""
-        fds = _open_sockets()
+        fds = own_sockets()
         self._sockets = {name: known for name, known in self._sockets.items() if name in fds}
         busy: list[tuple[int, _Connection, Traffic]] = []
         for name, fd in fds.items():
@@ -106,16 +106,16 @@ class ConnectionWatch:
             self._judge(busy, now_s)
 
     def _accepted(self, fd: int, now_s: float) -> _Connection | None:
-        with _duplicate(fd) as duplicate:
-            if duplicate.family not in (socket.AF_INET, socket.AF_INET6):
+        with duplicate(fd) as copy:
+            if copy.family not in (socket.AF_INET, socket.AF_INET6):
                 return None
-            if duplicate.getsockname()[1] == self._port:
+            if copy.getsockname()[1] == self._port:
                 budget = ByteBudget(
                     Traffic(time_s=now_s),
                     max_metadata_bytes=self._max_metadata_bytes,
                     max_request_bytes=self._max_request_bytes,
                 )
-                return _Connection(peer=_peer(duplicate), family=duplicate.family, budget=budget)
+                return _Connection(peer=_peer(copy), family=copy.family, budget=budget)
         return None
 
     def _judge(self, busy: list[tuple[int, _Connection, Traffic]], now_s: float) -> None:
@@ -134,15 +134,15 @@ class ConnectionWatch:
                 self._close(fd, connection, now_s)
 
     def _close(self, fd: int, connection: _Connection, now_s: float) -> None:
-        with contextlib.suppress(OSError), _duplicate(fd) as duplicate:
-            if _peer(duplicate) != connection.peer:  # gRPC closed it meanwhile
+        with contextlib.suppress(OSError), duplicate(fd) as copy:
+            if _peer(copy) != connection.peer:  # gRPC closed it meanwhile
                 return
             # No state stays in the kernel once gRPC closes it, and nothing is left to be read.
-            duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            duplicate.shutdown(socket.SHUT_RDWR)
+            copy.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            copy.shutdown(socket.SHUT_RDWR)
             self.num_closed += 1
             with contextlib.suppress(OSError):
-                while duplicate.recv(_DRAIN_BYTES, socket.MSG_DONTWAIT | socket.MSG_TRUNC):
+                while copy.recv(_DRAIN_BYTES, socket.MSG_DONTWAIT | socket.MSG_TRUNC):
                     pass
             if now_s >= self._next_log_s:
                 self._next_log_s = now_s + _LOG_PERIOD_S
@@ -153,32 +153,6 @@ class ConnectionWatch:
                     connection.budget.unexplained_bytes,
                     self.num_closed,
                 )
-
-
-def _return_memory() -> None:
-    """Give the kernel what glibc keeps of the headers of closed connections."""
-    with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _open_sockets() -> dict[str, int]:
-    """The kernel's name of each socket of this process, which no other gets -> descriptor."""
-    sockets = {}
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            name = os.readlink(f"/proc/self/fd/{fd}")
-            if name.startswith("socket:"):
-                sockets[name] = int(fd)
-    return sockets
-
-
-def _duplicate(fd: int) -> socket.socket:
-    duplicate = os.dup(fd)
-    try:
-        return socket.socket(fileno=duplicate)
-    except OSError:  # gRPC closed the socket, and the number is another file's now
-        os.close(duplicate)
-        raise
 
 
 def _peer(connection: socket.socket) -> str:

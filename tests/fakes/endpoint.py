@@ -29,6 +29,7 @@ from janus_server.endpoint.generation import Generation
 from janus_server.endpoint.limits import public_limits
 from janus_server.endpoint.service import SERVICE_NAME, InferenceService
 from janus_server.endpoint.tokenizer import Tokenizer
+from janus_server.endpoint.tokenizer_file import read_tokenizer
 from janus_server.endpoint.workers import WorkerPool
 from janus_server.grpc_server import RunningServer, channel_options, start_server
 from janus_server.model import qwen3_moe
@@ -216,7 +217,7 @@ async def start_worker(
 
 
 def _tokenizer(folder: Path, stack: contextlib.AsyncExitStack) -> Tokenizer:
-    tokenizer = Tokenizer(save_tokenizer(folder, BYTES))
+    tokenizer = Tokenizer(read_tokenizer(save_tokenizer(folder, BYTES)))
     stack.callback(tokenizer.close)
     return tokenizer
 

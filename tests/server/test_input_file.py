@@ -14,7 +14,7 @@ import pytest
 from janus_server.command_line import parse
 from janus_server.config import ServeConfig
 from janus_server.controller.placement import read_placement
-from janus_server.endpoint.tokenizer import check_tokenizer
+from janus_server.endpoint.tokenizer_file import checked_tokenizer
 from janus_server.errors import CheckpointError, ConfigError, JanusError
 from janus_server.input_file import read_file, read_json
 from janus_server.model.checkpoint import Checkpoint
@@ -76,7 +76,7 @@ ODD_FILES: dict[Callable[[Path], None], str] = {
 
 
 def open_checkpoint(path: Path) -> None:
-    check_tokenizer(Checkpoint.open(path.parent))
+    checked_tokenizer(Checkpoint.open(path.parent))
 
 
 def open_config(path: Path) -> None:

@@ -54,7 +54,7 @@ def join_group(config: GroupConfig) -> Group:
     with _making_device:
         others = listening_sockets()
         options._devices = [gloo.create_device(hostname=first_address(config.own_host))]
-        listeners = listening_sockets() - others
+        listeners = [fd for name, fd in listening_sockets().items() if name not in others]
     size = config.num_attention + config.num_experts
     join_timeout = timedelta(seconds=config.join_timeout_s)
     with peer_errors(f"while the group {config.prefix} was forming"):
@@ -66,7 +66,7 @@ def join_group(config: GroupConfig) -> Group:
         store.set(f"arrived-{config.rank}", "")
         store.wait([f"arrived-{rank}" for rank in range(size)], join_timeout)
         group: Group = gloo(store, config.rank, size, options)
-    for descriptor, _ in listeners:
+    for descriptor in listeners:
         admit_no_more(descriptor)
     return group
 

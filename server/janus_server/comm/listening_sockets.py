@@ -6,10 +6,10 @@ process when there is no file descriptor left.
 
 import ctypes
 import logging
-import os
 import socket
-import stat
 import struct
+
+from janus_server.own_sockets import duplicate, own_sockets
 
 logger = logging.getLogger(__name__)
 
@@ -19,22 +19,9 @@ _KEEP_NOTHING = struct.pack("=HBBI", 0x06, 0, 0, 0)
 """The classic BPF instruction "return 0": of each packet, 0 bytes are kept (linux/filter.h)."""
 
 
-def listening_sockets() -> set[tuple[int, int]]:
-    """What listens for connections in this process: file descriptor and inode of each socket."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            copy = os.dup(int(name))
-        except OSError:  # closed meanwhile, by another thread
-            continue
-        status = os.fstat(copy)
-        if not stat.S_ISSOCK(status.st_mode):
-            os.close(copy)
-            continue
-        with socket.socket(fileno=copy) as opened:
-            if opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                found.add((int(name), status.st_ino))
-    return found
+def listening_sockets() -> dict[str, int]:
+    """What listens for connections in this process, as `own_sockets` returns it."""
+    return {name: fd for name, fd in own_sockets().items() if _is_listening(fd)}
 
 
 def admit_no_more(descriptor: int) -> None:
@@ -45,7 +32,15 @@ def admit_no_more(descriptor: int) -> None:
     instruction = ctypes.create_string_buffer(_KEEP_NOTHING, len(_KEEP_NOTHING))
     program = struct.pack("@HP", 1, ctypes.addressof(instruction))
     try:
-        with socket.socket(fileno=os.dup(descriptor)) as listener:
+        with duplicate(descriptor) as listener:
             listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
     except OSError as error:  # some sandboxes have no socket filters
         logger.warning("cannot close a port whose connections have all come: %s", error)
+
+
+def _is_listening(descriptor: int) -> bool:
+    try:
+        with duplicate(descriptor) as copy:
+            return bool(copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError:  # closed meanwhile
+        return False

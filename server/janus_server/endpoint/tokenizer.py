@@ -4,18 +4,15 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import tokenizers
 
-from janus_server.endpoint.tokenizer_file import read_tokenizer
-from janus_server.errors import CheckpointError, OverloadedError, RequestFailedError
-from janus_server.input_file import is_there
+from janus_server.endpoint.tokenizer_file import checked_tokenizer
+from janus_server.errors import OverloadedError, RequestFailedError
 from janus_server.model.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-_FILE = "tokenizer.json"
 _SHORT_CHARS = 16 * 2**10
 """A text up to this size takes about 10 ms; the longest ones take seconds."""
 MAX_WAITING_CHARS = 32 * 2**20
@@ -32,52 +29,28 @@ _MIN_WAITING = 8
 def load_tokenizer(checkpoint: Checkpoint) -> "Tokenizer | None":
     """The tokenizer of a model folder; None where it has none, and token ids alone are served.
 
-    Takes under a second with the largest vocabularies. Raises CheckpointError where it is unusable,
-    or that of another model.
+    Raises CheckpointError.
     """
-    path = checkpoint.path / _FILE
-    if not is_there(path):
-        return None
-    tokenizer = Tokenizer(path)
-    largest, size = tokenizer.largest_id, checkpoint.spec.vocab_size
-    if largest >= size:
-        raise CheckpointError(
-            f"{path} is of another model: it makes token ids up to {largest}, and the model has a "
-            f"vocabulary of {size}"
-        )
-    return tokenizer
-
-
-def check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Raise what `load_tokenizer` would."""
-    tokenizer = load_tokenizer(checkpoint)
-    if tokenizer is not None:
-        tokenizer.close()
+    library = checked_tokenizer(checkpoint)
+    return None if library is None else Tokenizer(library)
 
 
 class Tokenizer:
     """The tokenizer of a checkpoint; `close` it."""
 
-    def __init__(self, path: Path, *, timeout_s: float = ENCODE_TIMEOUT_S) -> None:
-        """Read tokenizer.json at `path`; raises CheckpointError where it is unusable.
-
-        `timeout_s` is how long `encode` may take, waiting included.
-        """
+    def __init__(
+        self, library: tokenizers.Tokenizer, *, timeout_s: float = ENCODE_TIMEOUT_S
+    ) -> None:
+        """`timeout_s` is how long `encode` may take, waiting included."""
         self._timeout_s = timeout_s
         self._num_waiting_chars = 0
-        self._tokenizer = read_tokenizer(path)
+        self._tokenizer = library
         # One thread for each kind, so that long texts, which are a client's choice, keep only each
         # other waiting.
         self._short, self._long = (
             ThreadPoolExecutor(1, thread_name_prefix=f"tokenizer of {kind} texts")
             for kind in ("short", "long")
         )
-
-    @property
-    def largest_id(self) -> int:
-        """Of the vocabulary; added tokens may go beyond, and a prompt with one is refused."""
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
-        return max(vocabulary.values(), default=0)
 
     async def encode(self, text: str, check_length: Callable[[int], None]) -> list[int]:
         """Token ids of a prompt, off the event loop.

@@ -19,6 +19,7 @@ from janus_server.endpoint.tokenizer_class import check_rebuilt, is_rebuilt
 from janus_server.endpoint.tokenizer_parts import refuse_unreadable, refuse_unserved_parts
 from janus_server.errors import CheckpointError
 from janus_server.input_file import is_there, read_file
+from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config_json import boolean, read_object, shown, table
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,27 @@ _CLEAN_UP_BPE = f"{_CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output"
 
 _Added = Mapping[str, tuple[int, AddedToken]]
 """The added tokens of tokenizer.json by their text, with their ids."""
+
+
+def checked_tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a model folder; None where it has none.
+
+    Takes under a second with the largest vocabularies. Raises CheckpointError where it is unusable,
+    or that of another model.
+    """
+    path = checkpoint.path / "tokenizer.json"
+    if not is_there(path):
+        return None
+    tokenizer = read_tokenizer(path)
+    # Added tokens, such as one for padding, may go beyond: a prompt with one is refused.
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    largest, size = max(vocabulary.values(), default=0), checkpoint.spec.vocab_size
+    if largest >= size:
+        raise CheckpointError(
+            f"{path} is of another model: it makes token ids up to {largest}, and the model has a "
+            f"vocabulary of {size}"
+        )
+    return tokenizer
 
 
 def read_tokenizer(path: Path) -> tokenizers.Tokenizer:

@@ -1,9 +1,8 @@
 """How a worker process uses the CPU."""
 
-import ctypes
-import sys
-
 import torch
+
+from janus_server.glibc import glibc
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt, from malloc.h."""
@@ -18,21 +17,7 @@ def use_cpu(threads: int) -> None:
     worker's 570 that way.
     """
     torch.set_num_threads(threads)
-    libc = _glibc()
+    libc = glibc()
     if libc is not None:
         libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-
-
-def give_back_freed_memory() -> None:
-    """Return to the system what is kept for a next step: after loading, which leaves gaps."""
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, "mallopt") else None  # musl

@@ -18,7 +18,6 @@ PROCESS_BYTES: Mapping[str, int] = {"cpu": 512 * 2**20, "cuda": 2**30}
 """Interpreter, libraries and compiled code of one worker, by the device on which it computes. On a
 CPU, workers of a small model have 160 to 330 MiB at first, and 470 once every size has run."""
 
-
 _MAPPED_BYTES = 3 * 2**29
 """Addresses that a process takes beside its memory, for libraries, stacks and arenas of malloc."""
 

@@ -10,14 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from janus_server.errors import CheckpointError, ConfigError
+from janus_server.glibc import give_back_freed_memory
 from janus_server.model.checkpoint import Checkpoint
 from janus_server.model.config import ModelConfig
-from janus_server.model.cpu import give_back_freed_memory
 from janus_server.model.stored_tensors import StoredTensor
 
 _GIVE_BACK_BYTES = 2**28
-"""Once so much was read, gaps between the weights are given back to the system: they would grow to
-a third of all weights."""
+"""Once so much was read, gaps between the weights are given back to the system: they would grow
+with the weights."""
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from janus_server.endpoint.tokenizer import MAX_WAITING_CHARS, Detokenizer, Tokenizer
+from janus_server.endpoint.tokenizer_file import read_tokenizer
 from janus_server.errors import (
     CheckpointError,
     InvalidRequestError,
@@ -69,7 +70,7 @@ def any_length(length: int) -> None:
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Iterator[Tokenizer]:
-    tokenizer = Tokenizer(save_tokenizer(tmp_path, BYTE_LEVEL))
+    tokenizer = Tokenizer(read_tokenizer(save_tokenizer(tmp_path, BYTE_LEVEL)))
     yield tokenizer
     tokenizer.close()
 
@@ -105,7 +106,7 @@ def test_short_texts_do_not_wait_for_long_ones(tokenizer: Tokenizer) -> None:
 
 
 def test_a_text_that_waits_for_too_long(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(save_tokenizer(tmp_path, BYTE_LEVEL), timeout_s=0.01)
+    tokenizer = Tokenizer(read_tokenizer(save_tokenizer(tmp_path, BYTE_LEVEL)), timeout_s=0.01)
     given_up = threading.Event()
 
     def wait(length: int) -> None:
@@ -229,11 +230,11 @@ def test_a_broken_file(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="is not a usable tokenizer") as raised:
-        Tokenizer(path)
+        read_tokenizer(path)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
-        Tokenizer(tmp_path / "tokenizer.json")
+        read_tokenizer(tmp_path / "tokenizer.json")

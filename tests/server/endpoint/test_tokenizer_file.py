@@ -8,8 +8,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from janus_server.endpoint.tokenizer import check_tokenizer, load_tokenizer
-from janus_server.endpoint.tokenizer_file import read_tokenizer
+from janus_server.endpoint.tokenizer import load_tokenizer
+from janus_server.endpoint.tokenizer_file import checked_tokenizer, read_tokenizer
 from janus_server.errors import CheckpointError
 from janus_server.model.checkpoint import Checkpoint
 from tests.conftest import CheckpointFactory
@@ -150,7 +150,7 @@ def test_a_panic_of_the_library_is_a_sentence(folder: Path) -> None:
 def test_the_tokenizer_of_another_model(make_checkpoint: CheckpointFactory) -> None:
     folder = make_checkpoint(vocab_size=64)
     sentence = "is of another model: it makes token ids up to 255, and the model has .* of 64"
-    for check in (check_tokenizer, load_tokenizer):
+    for check in (checked_tokenizer, load_tokenizer):
         with pytest.raises(CheckpointError, match=sentence):
             check(Checkpoint.open(folder))
 
@@ -158,4 +158,4 @@ def test_the_tokenizer_of_another_model(make_checkpoint: CheckpointFactory) -> N
 def test_added_tokens_may_go_beyond_the_vocabulary(make_checkpoint: CheckpointFactory) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(vocab_size=281))
     write(checkpoint.path, library())
-    check_tokenizer(checkpoint)
+    checked_tokenizer(checkpoint)
